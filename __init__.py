@@ -1,0 +1,46 @@
+# Copyright 2026 the mc-transformers authors.
+"""Memory Caching for Hugging Face Transformers: `import mc_transformers` registers the family with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_mc import MCConfig
+from .modeling_mc.cache import MCCache, MCCacheLayer
+from .modeling_mc.model import (
+    MC_LORA_TARGETS,
+    MCForCausalLM,
+    MCForQuestionAnswering,
+    MCForSequenceClassification,
+    MCForTokenClassification,
+    MCModel,
+    MCPreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("mc", MCConfig)
+AutoModel.register(MCConfig, MCModel)
+AutoModelForCausalLM.register(MCConfig, MCForCausalLM)
+AutoModelForSequenceClassification.register(MCConfig, MCForSequenceClassification)
+AutoModelForTokenClassification.register(MCConfig, MCForTokenClassification)
+AutoModelForQuestionAnswering.register(MCConfig, MCForQuestionAnswering)
+
+__all__ = [
+    "MC_LORA_TARGETS",
+    "MCCache",
+    "MCCacheLayer",
+    "MCConfig",
+    "MCForCausalLM",
+    "MCForQuestionAnswering",
+    "MCForSequenceClassification",
+    "MCForTokenClassification",
+    "MCModel",
+    "MCPreTrainedModel",
+]

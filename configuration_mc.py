@@ -1,0 +1,253 @@
+# Copyright 2026 the mc-transformers authors.
+"""MCConfig: every knob of the Memory Caching family."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers.configuration_utils import PreTrainedConfig
+
+
+LAYER_TYPE = "memory_caching"
+LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
+CHOICES = {
+    "memory": ("linear", "retention", "gated_linear", "swla", "gated_delta", "dla", "titans", "lstm", "gru"),
+    "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
+    "segmentation": ("constant", "logarithmic"),
+    "state_init": ("independent", "checkpoint"),
+    "gate_source": ("projection", "query"),
+    "gate_function": ("softmax", "sigmoid"),
+    "segment_summary": ("keys", "hidden"),
+    "cache_eviction": ("oldest", "least_read"),
+    "mc_backend": ("auto", "triton", "torch", "reference"),
+}
+DEEP_MEMORIES = ("dla", "titans")
+# values that are part of the design but that this version does not implement yet
+NOT_YET = {
+    "memory": ("gated_delta", "dla", "titans", "lstm", "gru"),
+    "segmentation": ("logarithmic",),
+    "mc_backend": ("triton",),
+}
+POSITIVE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
+    "num_selected_segments", "summaries_per_segment", "memory_chunk_size", "memory_expansion", "sliding_window",
+    "max_cached_segments",
+)  # fmt: skip
+PRESETS = Path(__file__).parent / "model_cards" / "presets"
+
+
+def _value_errors(cls):
+    """Let a wrong type raise the same kind of error as a wrong value: `strict` has an error class of its own."""
+    strict_setattr = cls.__setattr__
+
+    def __setattr__(self, name, value):
+        try:
+            strict_setattr(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            expected = cls.__annotations__.get(name, "another type")
+            expected = getattr(expected, "__name__", str(expected))
+            raise ValueError(f"MCConfig: `{name}`={value!r} has the wrong type, allowed: {expected}") from error
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
+@_value_errors
+@strict
+class MCConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Memory Caching decoder (arXiv 2602.24281).
+
+    Args:
+        vocab_size (`int`): size of the vocabulary.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`): width of the SwiGLU MLP.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): heads of every mixer.
+        num_key_value_heads (`int`, *optional*): key and value heads of attention layers; defaults to
+            `num_attention_heads`. Memory layers have one memory per head.
+        head_dim (`int`, *optional*): width of queries and keys of a head; defaults to hidden_size / heads.
+        value_head_dim (`int`, *optional*): width of values of a head in memory layers; defaults to `head_dim`.
+        hidden_act (`str`): activation of the MLP.
+        max_position_embeddings (`int`): longest sequence the model was made for; memory layers have no limit.
+        initializer_range (`float`): standard deviation of initial weights.
+        rms_norm_eps (`float`): epsilon of the RMS norms.
+        use_cache (`bool`): whether forward returns a cache by default.
+        tie_word_embeddings (`bool`): whether the output head shares the embedding's weight.
+        layer_types (`list[str]`, *optional*): per layer "memory_caching" (default for all), "full_attention" or
+            "sliding_attention".
+        rope_parameters (`dict`, *optional*): rotary embedding of attention layers.
+        sliding_window (`int`, *optional*): window of "sliding_attention" layers.
+        attention_bias (`bool`), attention_dropout (`float`): of attention layers.
+        mlp_bias (`bool`): biases in the MLP.
+        memory (`str`): the write rule: "linear", "retention", "gated_linear", "swla", "gated_delta", "dla",
+            "titans", "lstm" or "gru".
+        aggregation (`str`): the read rule: "none" (plain RNN: one endless segment, `state_init` is ignored),
+            "residual" (eq. 7), "grm" (eq. 9), "soup" (eq. 15), "ssc" (eq. 17) or "mean" (post-training caching).
+        segmentation (`str`): "constant", or "logarithmic" (Fenwick grouping of the prefix in units of segment_size).
+        segment_size (`int`): tokens per segment.
+        state_init (`str`): "independent" (a segment starts from M_0) or "checkpoint" (from the last state).
+        num_selected_segments (`int`): k of "ssc".
+        gate_source (`str`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
+        gate_function (`str`): "softmax" over the memories read, or "sigmoid", each gate on its own.
+        segment_summary (`str`): what the segment descriptor averages: "keys" as written, or "hidden" (the mixer's
+            input, cut into heads).
+        summaries_per_segment (`int`): m > 1: one mean per sub-block of a segment, its score is the largest.
+        memory_chunk_size (`int`): inner chunk of deep memories, the same in training and decoding.
+        memory_expansion (`int`): hidden width of a deep memory / head_dim.
+        memory_head_norm (`bool`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
+        conv_kernel_size (`int`): width of the causal depthwise convolution (with SiLU) on q, k and v; 0 = none.
+        qk_norm (`bool`): L2 norm of queries and keys.
+        use_output_gate (`bool`): gate of the mixer's output.
+        max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
+        cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".
+        mc_backend (`str`): "auto", "triton", "torch" or "reference" (token by token, slow: the specification).
+
+    Raises:
+        ValueError: a value of the wrong type or out of range, or a combination that means nothing. The message names
+            the field, the value and what is allowed.
+
+    Example:
+        >>> from mc_transformers import MCConfig, MCForCausalLM
+        >>> model = MCForCausalLM(MCConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2))
+    """
+
+    model_type = "mc"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    layer_types: list[str] | None = None
+    rope_parameters: dict | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    memory: str = "linear"
+    aggregation: str = "grm"
+    segmentation: str = "constant"
+    segment_size: int = 256
+    state_init: str = "independent"
+    num_selected_segments: int = 4
+    gate_source: str = "projection"
+    gate_function: str = "softmax"
+    segment_summary: str = "keys"
+    summaries_per_segment: int = 1
+    memory_chunk_size: int = 16
+    memory_expansion: int = 4
+    memory_head_norm: bool = True
+    conv_kernel_size: int = 4
+    qk_norm: bool = True
+    use_output_gate: bool = True
+    max_cached_segments: int | None = None
+    cache_eviction: str = "oldest"
+    mc_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        self._check_values()
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                self._refuse("hidden_size", f"a multiple of num_attention_heads={self.num_attention_heads}, or set head_dim")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        self._check_combinations()
+        super().__post_init__(**kwargs)
+
+    def _refuse(self, field: str, allowed: str) -> None:
+        raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
+
+    def _check_values(self) -> None:
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                self._refuse(field, ", ".join(repr(a) for a in allowed))
+        for field, values in NOT_YET.items():
+            if getattr(self, field) in values:
+                ready = ", ".join(repr(a) for a in CHOICES[field] if a not in values)
+                self._refuse(field, f"{ready} (it is planned, and not part of this version yet)")
+        for field in POSITIVE:
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                self._refuse(field, "an integer >= 1")
+        if self.conv_kernel_size < 0:
+            self._refuse("conv_kernel_size", "an integer >= 0 (0 = no convolution)")
+        if self.rms_norm_eps <= 0:
+            self._refuse("rms_norm_eps", "a number > 0")
+        if self.max_cached_segments is not None:
+            self._refuse("max_cached_segments", "None (a bounded cache is planned, and not part of this version yet)")
+
+    def _check_combinations(self) -> None:
+        if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):
+            self._refuse("layer_types", f"num_hidden_layers={self.num_hidden_layers} entries out of {LAYER_TYPES}")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            self._refuse("sliding_window", "an integer >= 1 when layer_types has 'sliding_attention'")
+        if self.num_attention_heads % self.num_key_value_heads:
+            self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
+        if self.segment_size % self.summaries_per_segment:
+            self._refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
+        if self.memory in DEEP_MEMORIES:
+            if self.segment_size % self.memory_chunk_size:
+                self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
+            if self.value_head_dim not in (None, self.head_dim):
+                self._refuse("value_head_dim", f"head_dim={self.head_dim} (or None) with memory={self.memory!r}")
+        if self.segment_summary == "hidden":
+            if self.hidden_size % self.num_attention_heads:
+                self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of num_attention_heads")
+            if self.gate_source == "query" and self.head_dim * self.num_attention_heads != self.hidden_size:
+                self._refuse("gate_source", "'projection' with segment_summary='hidden' and head_dim*heads != hidden_size")
+
+    def validate_layer_type(self):
+        """Transformers' list of layer types does not know ours; `_check_combinations` has already looked."""
+
+    @property
+    def summary_dim(self) -> int:
+        """Width per head of a segment descriptor and of u_t."""
+        return self.head_dim if self.segment_summary == "keys" else self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MCConfig":
+        """Config of a published size: "mc-170m", "mc-340m", "mc-760m" or "mc-1.3b" (the paper's Table 6).
+
+        Raises:
+            ValueError: no preset of that name.
+        """
+        known = sorted(path.stem for path in PRESETS.glob("*.json"))
+        if name not in known:
+            raise ValueError(f"MCConfig.from_preset: `name`={name!r} is not known, allowed: {', '.join(known)}")
+        return cls(**{**json.loads((PRESETS / f"{name}.json").read_text()), **overrides})
+
+
+__all__ = ["MCConfig"]

@@ -1,0 +1,210 @@
+"""Gated read of every cached memory: the past part of GRM (eq. 9, 10) for matrix memories, gate and read in one pass.
+
+    o_t = sum_i g_ti S_i^T q_t ,   g_t = softmax over (past segments i, online) of <u_t, summary_i>
+
+The softmax includes the online memory's logit; the op returns the past part and the gate that is left for the online
+answer. Gates are recomputed in the backward: nothing of size tokens x segments is kept between the two passes.
+"""
+
+import torch
+
+from .common import compute_dtype, register_op
+
+
+BUDGET = 2**22  # elements of the largest temporary, tokens x segments x head width, of one block
+
+
+def gate_logits(u: torch.Tensor, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`<u_t, summary_i>` `[G, T, N]` from u `[G, T, d]` and summaries `[G, N, m, d]`; the maximum over the m sub-block
+    means of a segment, and its index (None for m = 1)."""
+    groups, segments, blocks, width = summaries.shape
+    logits = u @ summaries.reshape(groups, segments * blocks, width).transpose(-1, -2)
+    if blocks == 1:
+        return logits, None
+    best = logits.view(groups, -1, segments, blocks).max(-1)
+    return best.values, best.indices
+
+
+class _Blocks:
+    """Row and head as one batch dimension, and the (query segments) x (read segments) blocks to walk through."""
+
+    def __init__(self, q: torch.Tensor, states: torch.Tensor) -> None:
+        self.rows, self.num, self.width, self.heads, self.key_dim = q.shape
+        self.value_dim, self.cached = states.shape[-1], states.shape[1] - self.num
+        self.groups = self.rows * self.heads
+        per_pair = max(1, self.groups * self.width * self.key_dim)
+        self.query_step = max(1, min(self.num, BUDGET // (per_pair * 8)))
+        self.read_step = max(1, BUDGET // (per_pair * self.query_step))
+
+    def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[R, N, W, H, ...]` to `[G, N * W, ...]`."""
+        return x.to(dtype).movedim(3, 1).reshape(self.groups, self.num * self.width, *x.shape[4:])
+
+    def memories(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[R, S, H, ...]` to `[G, S, ...]`."""
+        return x.to(dtype).movedim(2, 1).reshape(self.groups, x.shape[1], *x.shape[3:])
+
+    def untokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        x = x.view(self.rows, self.heads, self.num, self.width, *x.shape[2:])
+        return x.movedim(1, 3).to(dtype).contiguous()
+
+    def unmemories(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.view(self.rows, self.heads, *x.shape[1:]).movedim(1, 2).to(dtype).contiguous()
+
+    def queries(self) -> list[tuple[slice, slice, int]]:
+        """For every block of query segments: the segments, their tokens, how many memories they can see at most."""
+        blocks = []
+        for start in range(0, self.num, self.query_step):
+            stop = min(start + self.query_step, self.num)
+            tokens = slice(start * self.width, stop * self.width)
+            blocks.append((slice(start, stop), tokens, self.cached + stop - 1))
+        return blocks
+
+    def reads(self, visible: int) -> list[slice]:
+        return [slice(i, min(i + self.read_step, visible)) for i in range(0, visible, self.read_step)]
+
+
+def _gates(blocks, function, u, summaries, online_logit, birth, first, segments, tokens, visible):
+    """Gates of one block of tokens: past `[G, T, V]`, online `[G, T]`, and which sub-block mean set the logit."""
+    logits, choice = gate_logits(u[:, tokens], summaries[:, :visible])
+    rank = torch.arange(segments.start, segments.stop, device=u.device)
+    slot = torch.arange(visible, device=u.device)
+    hidden = (birth[:, None, :visible] > rank[:, None]) | (slot < first[:, segments, None])  # [R, segments, V]
+    hidden = hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1)
+    logits = logits.masked_fill(hidden, float("-inf"))
+    online = online_logit[:, tokens]
+    if function == "sigmoid":
+        return logits.sigmoid(), online.sigmoid(), choice
+    gates = torch.cat([logits, online[..., None]], -1).softmax(-1)
+    return gates[..., :-1], gates[..., -1], choice
+
+
+def segment_read_torch(
+    q: torch.Tensor,
+    u: torch.Tensor,
+    states: torch.Tensor,
+    summaries: torch.Tensor,
+    online_logit: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    function: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `segment_read`."""
+    dtype, blocks = compute_dtype(q), _Blocks(q, states)
+    qg, ug, logit = (blocks.tokens(x, dtype) for x in (q, u, online_logit))
+    sg, zg = blocks.memories(states, dtype), blocks.memories(summaries, dtype)
+    out = qg.new_zeros(blocks.groups, blocks.num * blocks.width, blocks.value_dim)
+    online_gate = torch.empty_like(logit)
+    for segments, tokens, visible in blocks.queries():
+        gates, online_gate[:, tokens], _ = _gates(
+            blocks, function, ug, zg, logit, birth, first, segments, tokens, visible
+        )
+        for read in blocks.reads(visible):
+            mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
+            out[:, tokens] += mixed @ sg[:, read].flatten(1, 2)
+    return blocks.untokens(out, q.dtype), blocks.untokens(online_gate, dtype)
+
+
+def segment_read_backward_torch(
+    grad_out: torch.Tensor,
+    grad_online: torch.Tensor,
+    saved_out: torch.Tensor,
+    saved_online: torch.Tensor,
+    q: torch.Tensor,
+    u: torch.Tensor,
+    states: torch.Tensor,
+    summaries: torch.Tensor,
+    online_logit: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    function: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, u, states, summaries and online_logit."""
+    dtype, blocks = compute_dtype(q), _Blocks(q, states)
+    qg, ug, logit, go, gg, out, online = (
+        blocks.tokens(x, dtype) for x in (q, u, online_logit, grad_out, grad_online, saved_out, saved_online)
+    )
+    sg, zg = blocks.memories(states, dtype), blocks.memories(summaries, dtype)
+    grad_q, grad_u = torch.zeros_like(qg), torch.zeros_like(ug)
+    grad_states, grad_summaries = torch.zeros_like(sg), torch.zeros_like(zg)
+    if function == "sigmoid":
+        grad_logit = gg * online * (1 - online)
+        shared = None
+    else:
+        shared = (go * out).sum(-1) + gg * online  # sum of gate x its gradient, the softmax pull-back's common term
+        grad_logit = online * (gg - shared)
+    for segments, tokens, visible in blocks.queries():
+        if visible == 0:
+            continue
+        gates, _, choice = _gates(blocks, function, ug, zg, logit, birth, first, segments, tokens, visible)
+        grad_gates = torch.empty_like(gates)
+        for read in blocks.reads(visible):
+            size = read.stop - read.start
+            back = torch.einsum("gtv,gskv->gtsk", go[:, tokens], sg[:, read])
+            grad_gates[..., read] = torch.einsum("gtsk,gtk->gts", back, qg[:, tokens])
+            grad_q[:, tokens] += torch.einsum("gts,gtsk->gtk", gates[..., read], back)
+            mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
+            grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).unflatten(1, (size, blocks.key_dim))
+        if shared is None:
+            grad_logits = grad_gates * gates * (1 - gates)
+        else:
+            grad_logits = gates * (grad_gates - shared[:, tokens, None])
+        if choice is not None:
+            spread = grad_logits.new_zeros(*grad_logits.shape, zg.shape[2])
+            grad_logits = spread.scatter_(-1, choice[..., None], grad_logits[..., None])
+        grad_logits = grad_logits.reshape(*grad_logits.shape[:2], -1)  # [G, T, V * m]
+        grad_u[:, tokens] = grad_logits @ zg[:, :visible].flatten(1, 2)
+        grad_z = grad_logits.transpose(-1, -2) @ ug[:, tokens]
+        grad_summaries[:, :visible] += grad_z.view(blocks.groups, visible, *zg.shape[2:])
+    return (
+        blocks.untokens(grad_q, q.dtype),
+        blocks.untokens(grad_u, u.dtype),
+        blocks.unmemories(grad_states, states.dtype),
+        blocks.unmemories(grad_summaries, summaries.dtype),
+        blocks.untokens(grad_logit, online_logit.dtype),
+    )
+
+
+def _fake(q, u, states, summaries, online_logit, birth, first, function):
+    out = q.new_empty(*q.shape[:-1], states.shape[-1])
+    return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
+
+
+def _fake_backward(
+    grad_out, grad_online, saved_out, saved_online, q, u, states, summaries, online_logit, birth, first, function
+):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, u, states, summaries, online_logit)
+    )
+
+
+segment_read_op = register_op(
+    "segment_read", segment_read_torch, segment_read_backward_torch, _fake, _fake_backward, differentiable=5
+)
+
+
+def segment_read(
+    q: torch.Tensor,
+    u: torch.Tensor,
+    states: torch.Tensor,
+    summaries: torch.Tensor,
+    online_logit: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    function: str = "softmax",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read all finished segments' memories with content gates.
+
+    Args:
+        q: `[R, N, W, H, dk]` queries in the segment grid. u: `[R, N, W, H, du]` what the gates are computed from.
+        states: `[R, S, H, dk, dv]`, S = cached + N: memories kept from earlier, then the end states of this grid.
+        summaries: `[R, S, H, m, du]`, descriptors of the same segments, m sub-block means each.
+        online_logit: `[R, N, W, H]`, logit of the online memory.
+        birth: `[R, S]` integer: memory i is visible to grid segments j >= birth (0 = from the start).
+        first: `[R, N]` integer: the first memory that grid segment j may see (documents packed in one row).
+        function: "softmax" over the visible memories and the online one, or "sigmoid", each gate on its own.
+
+    Returns:
+        the gated sum over the past `[R, N, W, H, dv]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
+    """
+    return segment_read_op(q, u, states, summaries, online_logit, birth, first, function)

@@ -1,0 +1,162 @@
+"""Sparse selective caching (eq. 16, 17): top-k routing, and the read of just the chosen memories.
+
+The read is grouped: (token, memory) pairs are sorted by memory and cut into tiles of one memory each, so that a memory
+is fetched once per tile and k products per token are computed, whatever the number of segments.
+"""
+
+import torch
+
+from .common import compute_dtype, register_op
+from .segment_read import gate_logits
+
+
+ROUTE_BUDGET = 2**22  # elements of one block of scores, tokens x segments
+
+
+def segment_route_torch(
+    u: torch.Tensor, summaries: torch.Tensor, birth: torch.Tensor, first: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """See `segment_route`."""
+    rows, num, width, heads, _ = u.shape
+    memories = summaries.shape[1]
+    groups, top_k = rows * heads, min(top_k, memories)
+    ug = u.to(compute_dtype(u)).movedim(3, 1).reshape(groups, num, width, -1)
+    zg = summaries.to(ug.dtype).movedim(2, 1).reshape(groups, memories, *summaries.shape[3:])
+    chosen = torch.empty(groups, num, width, top_k, dtype=torch.int64, device=u.device)
+    slot = torch.arange(memories, device=u.device)
+    step = max(1, ROUTE_BUDGET // max(1, groups * width * memories))
+    for start in range(0, num, step):
+        stop = min(start + step, num)
+        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg)
+        rank = torch.arange(start, stop, device=u.device)
+        hidden = (birth[:, None] > rank[:, None]) | (slot < first[:, start:stop, None])
+        hidden = hidden.repeat_interleave(heads, 0)[:, :, None]
+        logits = logits.view(groups, stop - start, width, memories).masked_fill(hidden, float("-inf"))
+        best = logits.topk(top_k, dim=-1)
+        chosen[:, start:stop] = best.indices.masked_fill(best.values == float("-inf"), -1)
+    return chosen.view(rows, heads, num, width, top_k).movedim(1, 3).contiguous()
+
+
+segment_route_op = register_op(
+    "segment_route",
+    segment_route_torch,
+    fake=lambda u, summaries, birth, first, top_k: u.new_empty(
+        *u.shape[:-1], min(top_k, summaries.shape[1]), dtype=torch.int64
+    ),
+)
+
+
+def segment_route(
+    u: torch.Tensor, summaries: torch.Tensor, birth: torch.Tensor, first: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """The k past segments that score highest, per token and head (eq. 16); no gradient.
+
+    Args: as in `segment_read`; top_k >= 1.
+
+    Returns:
+        `[R, N, W, H, min(top_k, S)]` int64, indices into the S memories, -1 where fewer are visible.
+    """
+    return segment_route_op(u.detach(), summaries.detach(), birth, first, top_k)
+
+
+class _Tiles:
+    """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory."""
+
+    def __init__(self, index: torch.Tensor, num_memories: int) -> None:
+        rows, num, width, heads, top_k = index.shape
+        device = index.device
+        row = torch.arange(rows, device=device).view(-1, 1, 1, 1, 1)
+        head = torch.arange(heads, device=device).view(-1, 1)
+        self.groups = rows * num_memories * heads
+        key = torch.where(index < 0, self.groups, (row * num_memories + index) * heads + head).flatten()
+        sorted_key, self.pair = key.sort(stable=True)
+        counts = torch.bincount(key, minlength=self.groups + 1)[: self.groups]
+        average = key.numel() // max(1, self.groups)
+        self.size = max(16, min(256, 1 << max(average, 1).bit_length()))
+        tiles = (counts + self.size - 1) // self.size
+        first_tile, first_pair = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
+        # on a GPU the number of tiles stays an upper bound: reading it back would stall the queue
+        self.num = int(tiles.sum()) if device.type == "cpu" else key.numel() // self.size + self.groups
+        clamped = sorted_key.clamp(max=self.groups - 1)
+        offset = torch.arange(key.numel(), device=device) - first_pair[clamped]
+        slot = first_tile[clamped] * self.size + offset
+        self.spare = self.num * self.size  # pairs without a memory land in one extra slot
+        self.slot = torch.where(sorted_key < self.groups, slot, self.spare)
+        self.memory = torch.repeat_interleave(tiles) if device.type == "cpu" else torch.searchsorted(
+            tiles.cumsum(0), torch.arange(self.num, device=device), right=True
+        ).clamp(max=self.groups - 1)
+        self.top_k = top_k
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """One row per token and head `[P, d]` to `[tiles, size, d]`."""
+        out = x.new_zeros(self.spare + 1, x.shape[-1])
+        out[self.slot] = x[self.pair // self.top_k]
+        return out[:-1].view(self.num, self.size, x.shape[-1])
+
+    def scatter(self, y: torch.Tensor) -> torch.Tensor:
+        """`[tiles, size, d]` back to one row per pair `[P, k, d]`; zero where there was no memory."""
+        flat = torch.cat([y.reshape(-1, y.shape[-1]), y.new_zeros(1, y.shape[-1])])
+        out = torch.empty(self.pair.numel(), y.shape[-1], dtype=y.dtype, device=y.device)
+        out[self.pair] = flat[self.slot]
+        return out.view(-1, self.top_k, y.shape[-1])
+
+
+def selected_read_torch(
+    q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """See `selected_read`."""
+    dtype, tiles = compute_dtype(q), _Tiles(index, states.shape[1])
+    flat = states.to(dtype).flatten(0, 2)
+    answers = tiles.scatter(tiles.gather(q.to(dtype).flatten(0, 3)) @ flat[tiles.memory])
+    out = (weights.to(dtype).flatten(0, 3)[:, None] @ answers).squeeze(1)
+    return out.view(*q.shape[:-1], states.shape[-1]).to(q.dtype)
+
+
+def selected_read_backward_torch(
+    grad_out: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, weights and states."""
+    dtype, tiles = compute_dtype(q), _Tiles(index, states.shape[1])
+    flat = states.to(dtype).flatten(0, 2)
+    chosen = flat[tiles.memory]
+    flat_q, flat_w = q.to(dtype).flatten(0, 3), weights.to(dtype).flatten(0, 3)
+    grads = tiles.gather(grad_out.to(dtype).flatten(0, 3))
+    back = tiles.scatter(grads @ chosen.transpose(-1, -2))  # S_i do_t, one row per pair
+    grad_w = (back @ flat_q[..., None]).squeeze(-1)
+    grad_q = (flat_w[:, None] @ back).squeeze(1)
+    pair_weight = flat_w.new_zeros(tiles.spare + 1)
+    pair_weight[tiles.slot] = flat_w.flatten()[tiles.pair]
+    weighted = tiles.gather(flat_q) * pair_weight[:-1].view(tiles.num, tiles.size, 1)
+    grad_states = torch.zeros_like(flat).index_add_(0, tiles.memory, weighted.transpose(-1, -2) @ grads)
+    return (
+        grad_q.view_as(q).to(q.dtype),
+        grad_w.view_as(weights).to(weights.dtype),
+        grad_states.view_as(states).to(states.dtype),
+    )
+
+
+selected_read_op = register_op(
+    "selected_read",
+    selected_read_torch,
+    selected_read_backward_torch,
+    lambda q, weights, states, index: q.new_empty(*q.shape[:-1], states.shape[-1]),
+    lambda grad, q, weights, states, index: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, weights, states)
+    ),
+    differentiable=3,
+)
+
+
+def selected_read(
+    q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """`sum_c weights_tc S_{index_tc}^T q_t` over the k chosen memories of every token and head.
+
+    Args:
+        q: `[R, N, W, H, dk]`. weights: `[R, N, W, H, k]`, 0 where index is -1. states: `[R, S, H, dk, dv]`.
+        index: `[R, N, W, H, k]` int64 into the S memories, or -1.
+
+    Returns:
+        `[R, N, W, H, dv]` in q's dtype, differentiable with respect to q, weights and states.
+    """
+    return selected_read_op(q, weights, states, index)

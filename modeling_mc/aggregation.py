@@ -1,0 +1,176 @@
+# Copyright 2026 the mc-transformers authors.
+"""The read rule (eq. 5): online answer and cached memories, mixed by constant gates, content gates or a top-k choice.
+
+Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through the kernels, and `Aggregation.mix_token`
+for one token per row, which decoding uses and which is the specification that the tests hold the first form against.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.selected_read import segment_route
+from .memories import Memory, State, Trace
+from .segments import SegmentTable
+
+
+@dataclass
+class Caches:
+    """Readable states of finished segments and what the gates know of them.
+
+    Attributes:
+        states: tensors `[R, S, H, ...]`. summaries: `[R, S, H, m, du]`, means of the m sub-blocks of each segment.
+    """
+
+    states: State
+    summaries: torch.Tensor | None
+
+
+class Summary:
+    """Running segment descriptor: per head, the mean of the keys of each of m equal sub-blocks of a segment."""
+
+    def __init__(self, segment_size: int, num_blocks: int) -> None:
+        self.segment_size, self.num_blocks = segment_size, num_blocks
+        self.block = segment_size // num_blocks
+
+    def counts(self, offset: torch.Tensor) -> torch.Tensor:
+        """`[..., m]` tokens in every sub-block once the token at `offset` is written."""
+        begin = torch.arange(self.num_blocks, device=offset.device) * self.block
+        return (offset[..., None] + 1 - begin).clamp(0, self.block)
+
+    def _best(self, products: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Largest `<u, mean>` over the sub-blocks that have begun; products `[..., H, m]`, counts `[..., 1, m]`."""
+        return (products / counts.clamp(min=1)).masked_fill(counts == 0, float("-inf")).amax(-1)
+
+    def grid(
+        self, u: torch.Tensor, source: torch.Tensor, table: SegmentTable, sums: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Online logits of a grid and the sums after every grid segment.
+
+        Args:
+            u: `[R, N, W, H, du]`. source: `[R, N, W, H, du]` fp32, zero where there is no token.
+            sums: `[R, H, m, du]`, of the segment that the first grid segment resumes, or None.
+
+        Returns:
+            `[R, N, W, H]` and `[R, N, H, m, du]`.
+        """
+        block = table.offset // self.block
+        totals, products = [], []
+        for index in range(self.num_blocks):
+            part = source if self.num_blocks == 1 else source * (block == index)[..., None, None]
+            total = part.cumsum(2)
+            if sums is not None:
+                resumed = (torch.arange(table.num_segments, device=u.device) == 0).to(total.dtype)
+                total = total + resumed[:, None, None, None] * sums[:, None, None, :, index]
+            products.append((u.to(total.dtype) * total).sum(-1))
+            totals.append(total[:, :, -1])
+        logits = self._best(torch.stack(products, -1), self.counts(table.offset)[..., None, :])
+        return logits, torch.stack(totals, 3)
+
+    def token(self, u: torch.Tensor, sums: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Online logit `[B, H]` from sums `[B, H, m, du]` that already hold the token at `offset` `[B]`."""
+        return self._best((u[..., None, :].to(sums.dtype) * sums).sum(-1), self.counts(offset)[:, None])
+
+    def add(self, sums: torch.Tensor, source: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """Sums `[B, H, m, du]` with one more token `[B, H, du]` at `offset` `[B]`; a new segment starts from zero."""
+        kept = torch.where((offset == 0)[:, None, None, None], 0, sums)
+        here = torch.arange(self.num_blocks, device=offset.device) == (offset // self.block)[:, None]
+        return kept + here[:, None, :, None].to(sums.dtype) * source[:, :, None].to(sums.dtype)
+
+    def mean(self, sums: torch.Tensor) -> torch.Tensor:
+        """Descriptors of complete segments."""
+        return sums / self.block
+
+
+class Aggregation:
+    """Everything that `aggregation`, `gate_function` and `num_selected_segments` of the config decide."""
+
+    def __init__(self, config, memory: Memory) -> None:
+        self.kind, self.function = config.aggregation, config.gate_function
+        self.top_k, self.memory = config.num_selected_segments, memory
+        self.uses_cache = self.kind != "none"
+        self.uses_gates = self.kind in ("grm", "soup", "ssc")
+
+    # -------------------------------------------------------------------------------------------------- whole grid
+    def mix(
+        self,
+        q: torch.Tensor,
+        u: torch.Tensor,
+        trace: Trace,
+        online_logit: torch.Tensor | None,
+        caches: Caches,
+        table: SegmentTable,
+    ) -> torch.Tensor:
+        """`[R, N, W, H, dv]`; caches hold the S = cached + N memories of `SegmentTable.birth`."""
+        if not self.uses_cache:
+            return trace.online
+        birth = table.birth(caches.states[0].shape[1] - table.num_segments)
+        if not self.uses_gates:
+            rank = torch.arange(table.num_segments, device=q.device)
+            slot = torch.arange(birth.shape[1], device=q.device)
+            visible = (birth[:, None] <= rank[:, None]) & (slot >= table.first[..., None])
+            total = trace.online + self.memory.constant_read(q, caches.states, visible)
+            if self.kind == "mean":
+                total = total / (table.num_visible() + 1).to(total.dtype)[:, :, None, None, None]
+            return total
+        if self.kind == "ssc":
+            past, online_gate = self._select(q, u, online_logit, caches, birth, table)
+        else:  # a matrix memory's soup is its GRM
+            past, online_gate = self.memory.gated_read(
+                q, u, caches.states, caches.summaries, online_logit, birth, table.first, self.function
+            )
+        return past + online_gate[..., None].to(past.dtype) * trace.online
+
+    def _select(self, q, u, online_logit, caches, birth, table):
+        index = segment_route(u, caches.summaries, birth, table.first, self.top_k)
+        row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
+        head = torch.arange(q.shape[3], device=q.device).view(-1, 1)
+        chosen = caches.summaries[row, index.clamp(min=0), head]  # [R, N, W, H, k, m, du]
+        logits = (chosen @ u.to(chosen.dtype)[..., None, :, None]).squeeze(-1).amax(-1)
+        gates, online_gate = self._gates(logits.masked_fill(index < 0, float("-inf")), online_logit)
+        return self.memory.selected_read(q, gates, caches.states, index), online_gate
+
+    def _gates(self, logits: torch.Tensor, online_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`."""
+        if self.function == "sigmoid":
+            return logits.sigmoid(), online_logit.sigmoid()
+        gates = torch.cat([logits, online_logit[..., None]], -1).softmax(-1)
+        return gates[..., :-1], gates[..., -1]
+
+    # --------------------------------------------------------------------------------------------------- one token
+    def mix_token(
+        self,
+        q: torch.Tensor,
+        u: torch.Tensor | None,
+        online: State,
+        online_logit: torch.Tensor | None,
+        caches: Caches,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        """Answers `[B, H, dv]` of one token per row.
+
+        Args:
+            q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
+            caches: up to S memories per row. visible: `[B, S]` bool, which of them are finished segments of the row.
+        """
+        memory = self.memory
+        answer = memory.read(online[: memory.num_read], q)
+        if not self.uses_cache:
+            return answer
+        if not self.uses_gates:
+            weight = visible.to(answer.dtype)
+            past = torch.einsum("bs,bshv->bhv", weight, memory.read(caches.states, q[:, None]))
+            return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
+        logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), caches.summaries.to(answer.dtype)).amax(-1)
+        logits = logits.masked_fill(~visible[:, None], float("-inf"))
+        if self.kind == "ssc":
+            best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+            gates, online_gate = self._gates(best.values, online_logit)
+            row = torch.arange(q.shape[0], device=q.device)[:, None, None]
+            head = torch.arange(q.shape[1], device=q.device)[:, None]
+            chosen = tuple(s[row, best.indices, head].transpose(1, 2) for s in caches.states)  # [B, k, H, ...]
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(chosen, q[:, None]))
+        else:
+            gates, online_gate = self._gates(logits, online_logit)
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(caches.states, q[:, None]))
+        return past + online_gate[..., None] * answer

@@ -1,0 +1,111 @@
+# Copyright 2026 the mc-transformers authors.
+"""The protocol of a base memory: how a token is written (eq. 4) and how a memory answers a query.
+
+To add a memory, write one file with a subclass and register it by one line in `memories/__init__.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...kernels.common import compute_dtype
+from ..segments import SegmentTable
+
+
+State = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Trace:
+    """What writing a segment grid leaves behind.
+
+    Attributes:
+        online: `[R, N, W, H, dv]`, M_t(q_t), the answer of the memory that holds the tokens up to and with t.
+        ends: the full state after every grid segment, tensors `[R, N, H, ...]`.
+    """
+
+    online: torch.Tensor
+    ends: State
+
+
+class Memory(nn.Module):
+    """A write rule. Its state is a tuple of tensors `[num, H, ...]` in fp32 (float64 for float64 inputs).
+
+    Class attributes:
+        gate_names: which of the mixer's gate projections the rule takes: "a" decay, "b" momentum or second write
+            strength, "e" step size or write strength.
+        num_read: how many leading tensors of the state are needed to read it; only these are cached per segment.
+        gate_bias: start value of each gate's bias.
+    """
+
+    gate_names: tuple[str, ...] = ()
+    gate_bias: dict[str, float] = {}
+    num_read = 1
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.key_dim = config.head_dim
+        self.value_dim = config.value_head_dim or config.head_dim
+
+    @property
+    def align(self) -> int:
+        """Slots of the grid are aligned to a multiple of this inside a segment (inner chunk of deep memories)."""
+        return 1
+
+    def init_weights(self) -> None:
+        """Initialise the memory's own parameters in place."""
+
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Gate values from the projections' fp32 pre-activations `[..., H]`; k `[..., H, dk]` gives the shape.
+
+        Zero must be neutral for every value: it fills slots without a token, which may neither write nor decay.
+        """
+        return {}
+
+    def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        """M_0 for `num` sequences, tensors `[num, H, ...]`."""
+        raise NotImplementedError
+
+    def write(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gates: dict[str, torch.Tensor],
+        table: SegmentTable,
+        state: State | None,
+        carry: bool,
+    ) -> Trace:
+        """Write a whole segment grid in parallel over tokens and, unless `carry`, over segments.
+
+        Args:
+            q, k: `[R, N, W, H, dk]`; v: `[R, N, W, H, dv]`; gates `[R, N, W, H]`. Slots without a token are zero.
+            state: where the first grid segment of each row starts, tensors `[R, H, ...]`; None = M_0.
+            carry: segments start from the last state of the one before (checkpoint), else from M_0 (independent).
+        """
+        raise NotImplementedError
+
+    def step(self, state: State, k: torch.Tensor, v: torch.Tensor, gates: dict[str, torch.Tensor]) -> State:
+        """The state after one more token: k `[B, H, dk]`, v `[B, H, dv]`, gates `[B, H]` (eq. 4)."""
+        raise NotImplementedError
+
+    def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
+        """M(q) `[..., H, dv]` of states `[..., H, ...]` for queries `[..., H, dk]` that broadcast against them."""
+        raise NotImplementedError
+
+    def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
+        """GRM's past part and online gate, see `kernels.segment_read`; states is the cached part of the state."""
+        raise NotImplementedError
+
+    def selected_read(self, q, weights, states, index):
+        """Weighted sum over chosen memories, see `kernels.selected_read`."""
+        raise NotImplementedError
+
+    def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
+        """Sum of the answers of all visible memories; visible `[R, N, S]` bool (eq. 7)."""
+        raise NotImplementedError
+
+
+__all__ = ["Memory", "State", "Trace", "compute_dtype"]

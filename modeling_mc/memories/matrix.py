@@ -1,0 +1,49 @@
+# Copyright 2026 the mc-transformers authors.
+"""Matrix memories S `[dk, dv]` that are read linearly, S^T q, and written with a scalar decay per head and token."""
+
+import torch
+
+from ...kernels.linear_write import linear_write
+from ...kernels.segment_read import segment_read
+from ...kernels.selected_read import selected_read
+from ..segments import SegmentTable
+from .base import Memory, State, Trace
+
+
+class MatrixMemory(Memory):
+    """S_t = a_t S_{t-1} + k_t v_t^T. Subclasses give the gates; "log_decay" and "write" (strength) are optional."""
+
+    def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
+        return (torch.zeros(num, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=dtype),)
+
+    def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
+        if "write" in gates:
+            v = v * gates["write"][..., None].to(v.dtype)
+        initial = None if state is None else state[0]
+        starts = table.starts if carry else None
+        online, ends = linear_write(q, k, v, gates.get("log_decay"), initial, starts, carry)
+        return Trace(online, (ends,))
+
+    def step(self, state: State, k, v, gates) -> State:
+        if "write" in gates:
+            v = v * gates["write"][..., None]
+        (matrix,) = state
+        if "log_decay" in gates:
+            matrix = gates["log_decay"].exp()[..., None, None] * matrix
+        return (matrix + k.to(matrix.dtype)[..., :, None] * v.to(matrix.dtype)[..., None, :],)
+
+    def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
+        return (q.to(state[0].dtype)[..., None, :] @ state[0])[..., 0, :]
+
+    def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
+        return segment_read(q, u, states[0], summaries, online_logit, birth, first, function)
+
+    def selected_read(self, q, weights, states, index):
+        return selected_read(q, weights, states[0], index)
+
+    def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
+        # the caches are summed before they are read (eq. 13): one matrix per grid segment
+        (matrix,) = states
+        total = (visible.to(matrix.dtype) @ matrix.flatten(2)).unflatten(-1, matrix.shape[2:])  # [R, N, H, dk, dv]
+        out = q.to(matrix.dtype).transpose(2, 3) @ total
+        return out.transpose(2, 3).to(q.dtype)

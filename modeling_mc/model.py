@@ -1,0 +1,299 @@
+# Copyright 2026 the mc-transformers authors.
+"""The Transformers model family: MCModel and its heads."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from ..configuration_mc import LAYER_TYPE, MCConfig
+from .cache import MCCache, memory_caching_mask
+from .memories import MEMORIES, Memory
+from .mixer import MCMixer
+from .segments import SegmentTable
+
+
+logger = logging.get_logger(__name__)
+
+# what PEFT should target: every projection of the mixers, attention layers and MLPs
+MC_LORA_TARGETS = [
+    "q_proj", "k_proj", "v_proj", "u_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+]  # fmt: skip
+
+
+class MCMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: MCConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MCDecoderLayer(GradientCheckpointingLayer):
+    """Norm, mixer or attention, norm, MLP, with residuals."""
+
+    def __init__(self, config: MCConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        self.window = {"sliding_window": config.sliding_window} if self.layer_type == "sliding_attention" else {}
+        if self.layer_type == LAYER_TYPE:
+            self.mixer = MCMixer(config, layer_idx)
+        else:
+            self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = MCMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        segment_table: SegmentTable | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        x = self.input_layernorm(hidden_states)
+        if self.layer_type == LAYER_TYPE:
+            x = self.mixer(x, segment_table, past_key_values)
+        else:
+            x, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **self.window, **kwargs)
+        hidden_states = hidden_states + x
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MCPreTrainedModel(PreTrainedModel):
+    config: MCConfig
+    config_class = MCConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MCDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": LlamaAttention}
+    _keep_in_fp32_modules_strict = ["a_bias", "b_bias", "e_bias", "initial_state"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MCMixer):
+            for name in module.memory.gate_names:
+                init.constant_(getattr(module, f"{name}_bias"), module.memory.gate_bias.get(name, 0.0))
+        elif isinstance(module, Memory):
+            module.init_weights()
+
+
+class MCModel(MCPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MCConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([MCDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.has_attention = any(kind != LAYER_TYPE for kind in config.layer_types)
+        if self.has_attention:
+            self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _segment_table(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: Cache | None, packed: dict
+    ) -> SegmentTable | None:
+        if LAYER_TYPE not in self.config.layer_types:
+            return None
+        layer = None if past is None else past.layers[self.config.layer_types.index(LAYER_TYPE)]
+        align = next(x.mixer.memory.align for x in self.layers if x.layer_type == LAYER_TYPE)
+        return SegmentTable.build(
+            *inputs_embeds.shape[:2],
+            segment_size=self.config.segment_size,
+            device=inputs_embeds.device,
+            attention_mask=mask,
+            position=layer.position if layer is not None and layer.is_initialized else None,
+            align=align,
+            **packed,
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of `input_ids` `[B, T]` (or `inputs_embeds` `[B, T, hidden]`).
+
+        Args:
+            attention_mask: `[B, T]` or `[B, cached + T]`, 0 = padding anywhere; or a dict keyed by layer type.
+            position_ids: `[B, T]`, read by attention layers only: memory layers count each row's real tokens.
+            past_key_values: an `MCCache` or `DynamicCache(config=config)`, filled in place.
+            cu_seq_lens_q, seq_idx: borders of packed documents, as `DataCollatorWithFlattening` makes them.
+
+        Raises:
+            ValueError: inputs that are missing, empty, of a wrong dtype or shape, or packed without borders.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"`input_ids` must be torch.int64 or torch.int32, got {input_ids.dtype}")
+            inputs_embeds = self.embed_tokens(input_ids)
+        packed = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
+        is_packed = any(value is not None for value in packed.values())
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("Caching is incompatible with gradient checkpointing: the cache is not used.")
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None and not is_packed:
+            past_key_values = MCCache(config=self.config)
+        if not is_packed and past_key_values is None:
+            self._refuse_unmarked_packing(position_ids, attention_mask)
+
+        masks = attention_mask if isinstance(attention_mask, dict) else None
+        if masks is not None:
+            mask = masks.get(LAYER_TYPE)
+        else:
+            mask = memory_caching_mask(self.config, inputs_embeds, attention_mask)
+            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        table = self._segment_table(inputs_embeds, mask, past_key_values, packed)
+        rope = None
+        if self.has_attention:
+            if position_ids is None:
+                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+                position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            rope = self.rotary_emb(inputs_embeds, position_ids)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                segment_table=table,
+                attention_mask=masks.get(layer.layer_type),
+                position_embeddings=rope,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _attention_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: make(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for kind, make in makers.items()
+            if kind in self.config.layer_types
+        }
+
+    @staticmethod
+    def _refuse_unmarked_packing(position_ids: torch.Tensor | None, attention_mask) -> None:
+        """Positions that restart inside a row mean packed documents, whose borders a recurrent layer must know."""
+        if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+            return
+        if position_ids.shape[-1] > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+            raise ValueError(
+                "`position_ids` restart inside a row, which means packed documents, but their borders are missing: "
+                "pass `cu_seq_lens_q` or `seq_idx` (DataCollatorWithFlattening(return_flash_attn_kwargs=True, "
+                "return_seq_idx=True)), else the memory of one document leaks into the next"
+            )
+
+
+class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
+    """MCModel with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MCConfig) -> None:
+        super().__init__(config)
+        self.model = MCModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, vocab]`, or of the last `logits_to_keep` tokens; with `labels` `[B, T]` (-100 = ignored)
+        also the loss. Other arguments: see `MCModel.forward`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MCForSequenceClassification(GenericForSequenceClassification, MCPreTrainedModel):
+    """Scores the last token of every row that is not padding."""
+
+
+class MCForTokenClassification(GenericForTokenClassification, MCPreTrainedModel):
+    """Scores every token."""
+
+
+class MCForQuestionAnswering(GenericForQuestionAnswering, MCPreTrainedModel):
+    """Scores every token as start and end of an answer."""

@@ -1,0 +1,273 @@
+# Copyright 2026 the mc-transformers authors.
+"""SegmentTable: which token belongs to which segment of which sequence. The only place that knows about padding,
+packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+NEVER = 2**30  # birth of a slot that no token of this forward may read
+
+
+def _packed_borders(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None) -> torch.Tensor | None:
+    """Borders `[D + 1]` of packed documents, from `cu_seq_lens_q` `[D + 1]` or document numbers `seq_idx` `[1, T]`."""
+    if cu_seq_lens is not None:
+        return cu_seq_lens.reshape(-1).long()
+    if seq_idx is None:
+        return None
+    if seq_idx.shape[0] != 1:
+        raise ValueError(f"`seq_idx` needs a batch of one packed row, got shape {tuple(seq_idx.shape)}")
+    ids = seq_idx[0]
+    ends = ids.new_tensor([0, ids.numel()], dtype=torch.int64)
+    return torch.cat([ends[:1], (ids[1:] != ids[:-1]).nonzero()[:, 0] + 1, ends[1:]])
+
+
+@dataclass
+class SegmentTable:
+    """Positions of a batch of tokens in segments of `segment_size`, counted from each row's first real token.
+
+    Built once per forward, shared by all layers. R rows (the batch, or 1 for packed documents), T tokens a row, N grid
+    segments a row, W slots a segment. Shapes depend on input shapes only.
+
+    Attributes:
+        position: `[R]` int64, tokens that each row has written before this forward.
+        length: `[R]` int64, real tokens of each row in this forward.
+        order: `[R, T]` the tokens with padding moved to the end, or None when there is no padding to move.
+        slot: `[R, T]` the flat grid slot of every (compact) token, or None when the grid is a plain view.
+        token: `[R, N * W]` the compact token in every grid slot (clamped), or None when the grid is a plain view.
+        valid: `[R, N, W]` bool, slots that hold a token.
+        offset: `[R, N, W]` int64, position of the slot inside its segment.
+        starts: `[R, N]` bool, first grid segment of a packed document, or None.
+        first: `[R, N]` int64, the first grid segment of the same sequence.
+    """
+
+    segment_size: int
+    num_tokens: int
+    num_segments: int
+    width: int
+    position: torch.Tensor
+    length: torch.Tensor
+    order: torch.Tensor | None
+    mask: torch.Tensor | None
+    slot: torch.Tensor | None
+    token: torch.Tensor | None
+    valid: torch.Tensor
+    offset: torch.Tensor
+    starts: torch.Tensor | None
+    first: torch.Tensor
+    borders: torch.Tensor | None
+    resumed: bool
+
+    # ------------------------------------------------------------------------------------------------ construction
+    @classmethod
+    def build(
+        cls,
+        batch_size: int,
+        num_tokens: int,
+        segment_size: int,
+        device: torch.device,
+        attention_mask: torch.Tensor | None = None,
+        position: torch.Tensor | None = None,
+        cu_seq_lens: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
+        align: int = 1,
+    ) -> "SegmentTable":
+        """Args:
+            attention_mask: `[B, T]` of these tokens, nonzero = real; any pattern.
+            position: `[B]` int64 tokens already written per row (a cache); None = 0.
+            cu_seq_lens: `[D + 1]` borders of packed documents (B = 1). seq_idx: `[1, T]` document numbers.
+            align: slot 0 of a resumed segment falls on a multiple of this (inner chunk of deep memories).
+
+        Raises:
+            ValueError: packed documents with a batch of more than one row, a mask or a cache.
+        """
+        if num_tokens == 0:
+            raise ValueError("empty sequence: `input_ids` needs at least one token per row, got length 0")
+        borders = _packed_borders(cu_seq_lens, seq_idx)
+        if borders is not None:
+            if batch_size != 1 or position is not None:
+                raise ValueError(
+                    "packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache, got "
+                    f"batch size {batch_size}{' and a cache' if position is not None else ''}"
+                )
+            return cls._build_packed(borders, num_tokens, segment_size, device)
+
+        order = mask = None
+        length = torch.full((batch_size,), num_tokens, dtype=torch.int64, device=device)
+        if attention_mask is not None:
+            if attention_mask.shape != (batch_size, num_tokens):
+                raise ValueError(
+                    f"`attention_mask` must have shape {(batch_size, num_tokens)} (or cover the cached tokens too), "
+                    f"got {tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask != 0
+            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+            length = mask.sum(1)
+
+        resumed = position is not None
+        if position is None:
+            position = torch.zeros_like(length)
+        start = position % segment_size
+        base = start // align * align  # offset of slot 0 in the first grid segment
+        width = min(segment_size, -(-(num_tokens + (align - 1 if resumed else 0)) // align) * align)
+        reach = num_tokens + (segment_size - 1 if resumed else 0)
+        num = -(-reach // segment_size)
+
+        rank = torch.arange(num, device=device)
+        column = torch.arange(width, device=device)
+        offset = column + (rank == 0)[None, :, None] * base[:, None, None]  # [R, N, W]
+        index = rank[None, :, None] * segment_size + offset - start[:, None, None]
+        valid = (index >= 0) & (index < length[:, None, None]) & (offset < segment_size)
+        slot = token = None
+        if resumed:
+            token = index.clamp(0, num_tokens - 1).flatten(1)
+            absolute = start[:, None] + torch.arange(num_tokens, device=device)
+            segment = absolute // segment_size
+            within = absolute - segment * segment_size - (segment == 0) * base[:, None]
+            slot = (segment * width + within).clamp(max=num * width - 1)
+        return cls(
+            segment_size, num_tokens, num, width, position, length, order, mask, slot, token, valid, offset,
+            None, torch.zeros(batch_size, num, dtype=torch.int64, device=device), None, resumed,
+        )  # fmt: skip
+
+    @classmethod
+    def _build_packed(
+        cls, borders: torch.Tensor, num_tokens: int, segment_size: int, device: torch.device
+    ) -> "SegmentTable":
+        borders = borders.to(device)
+        documents = borders.numel() - 1
+        num = num_tokens // segment_size + documents  # bound: shapes must not depend on the values
+        width = min(segment_size, num_tokens)
+        lengths = borders.diff()
+        segments = (lengths + segment_size - 1) // segment_size
+        cumulative = segments.cumsum(0)
+        rank = torch.arange(num, device=device)
+        document = torch.searchsorted(cumulative, rank, right=True)
+        known = document.clamp(max=documents - 1)
+        first = (cumulative - segments)[known]
+        within = rank - first
+        column = torch.arange(width, device=device)
+        index = borders[known][:, None] + (within * segment_size)[:, None] + column
+        valid = (index < borders[known + 1][:, None]) & (document < documents)[:, None]
+        token_range = torch.arange(num_tokens, device=device)
+        owner = torch.searchsorted(borders[1:].contiguous(), token_range, right=True).clamp(max=documents - 1)
+        distance = token_range - borders[owner]
+        slot = ((cumulative - segments)[owner] + distance // segment_size) * width + distance % segment_size
+        return cls(
+            segment_size=segment_size,
+            num_tokens=num_tokens,
+            num_segments=num,
+            width=width,
+            position=torch.zeros(1, dtype=torch.int64, device=device),
+            length=torch.full((1,), num_tokens, dtype=torch.int64, device=device),
+            order=None,
+            mask=None,
+            slot=slot[None],
+            token=index.clamp(0, num_tokens - 1).reshape(1, -1),
+            valid=valid[None],
+            offset=column.expand(1, num, width),
+            starts=(rank == first)[None],
+            first=first[None],
+            borders=borders,
+            resumed=False,
+        )
+
+    # --------------------------------------------------------------------------------------------- moving tokens
+    @staticmethod
+    def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """`x[r, index[r, i]]` for x `[R, L, ...]` and index `[R, I]`."""
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+    def compact(self, x: torch.Tensor) -> torch.Tensor:
+        """`[R, T, ...]` with each row's real tokens first, and zeros (also for NaN) where there was padding."""
+        if self.order is None:
+            return x
+        real = torch.arange(self.num_tokens, device=x.device) < self.length[:, None]
+        return torch.where(real.view(*real.shape, *[1] * (x.dim() - 2)), self._take(x, self.order), 0)
+
+    def expand(self, x: torch.Tensor) -> torch.Tensor:
+        """Inverse of `compact`; zero at padding."""
+        if self.order is None:
+            return x
+        x = self._take(x, self.order.argsort(1))
+        return torch.where(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), x, 0)
+
+    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """Compact tokens `[R, T, ...]` to the segment grid `[R, N, W, ...]`; slots without a token are not cleared."""
+        if self.token is not None:
+            x = self._take(x, self.token)
+        elif (spare := self.num_segments * self.width - self.num_tokens) > 0:
+            x = nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, spare))
+        return x.reshape(x.shape[0], self.num_segments, self.width, *x.shape[2:])
+
+    def from_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """Segment grid `[R, N, W, ...]` to compact tokens `[R, T, ...]`."""
+        x = x.flatten(1, 2)
+        return x[:, : self.num_tokens] if self.slot is None else self._take(x, self.slot)
+
+    def clear(self, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        """Fill the slots of a grid tensor `[R, N, W, ...]` that hold no token."""
+        return x.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 3)), value)
+
+    def convolve(
+        self, conv: nn.Module, x: torch.Tensor, tail: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal depthwise convolution of compact tokens `[R, T, C]` that never crosses a document border.
+
+        Args:
+            conv: `nn.Conv1d` of kernel K without padding. tail: `[R, K - 1, C]`, the tokens before these; None = zeros.
+
+        Returns:
+            `[R, T, C]`, and the new tail: each row's last K - 1 real tokens.
+        """
+        rows, num_tokens, channels = x.shape
+        reach = conv.kernel_size[0] - 1
+        if self.borders is not None:  # K - 1 zeros in front of every document
+            tokens = torch.arange(num_tokens, device=x.device)
+            owner = torch.searchsorted(self.borders[1:].contiguous(), tokens, right=True)
+            place = tokens + owner * reach
+            context = x.new_zeros(rows, num_tokens + (self.borders.numel() - 1) * reach, channels)
+            context = context.index_copy(1, place + reach, x)
+            return conv(context.transpose(1, 2)).transpose(1, 2)[:, place], x.new_zeros(rows, reach, channels)
+        tail = x.new_zeros(rows, reach, channels) if tail is None else tail.to(x.dtype)
+        context = torch.cat([tail, x], 1)
+        last = self.length[:, None] + torch.arange(reach, device=x.device)
+        return conv(context.transpose(1, 2)).transpose(1, 2), self._take(context, last)
+
+    # ------------------------------------------------------------------------------------------- segments in time
+    @property
+    def finished_before(self) -> torch.Tensor:
+        """`[R]` segments that each row had finished before this forward."""
+        return self.position // self.segment_size
+
+    @property
+    def finished_after(self) -> torch.Tensor:
+        return self.next_position // self.segment_size
+
+    @property
+    def next_position(self) -> torch.Tensor:
+        return self.position + self.length
+
+    def running_index(self) -> torch.Tensor:
+        """`[R]` grid segment that is unfinished after this forward; num_segments if the next one has not begun."""
+        return self.finished_after - self.finished_before
+
+    def birth(self, cached: int) -> torch.Tensor:
+        """`[R, cached + N]`: the first grid segment that may read each memory; `cached` kept ones, then this grid's."""
+        rows, device = self.position.shape[0], self.position.device
+        kept = torch.arange(cached, device=device) < self.finished_before[:, None]
+        new = torch.arange(1, self.num_segments + 1, device=device).expand(rows, -1)
+        return torch.cat([torch.where(kept, 0, NEVER), new], 1)
+
+    def fresh(self, carry: bool) -> torch.Tensor:
+        """`[R, N]` bool, grid segments that start from the initial state and not from what was before."""
+        if carry:
+            return torch.zeros_like(self.first, dtype=torch.bool) if self.starts is None else self.starts
+        return (torch.arange(self.num_segments, device=self.first.device) > 0).expand_as(self.first)
+
+    def num_visible(self) -> torch.Tensor:
+        """`[R, N]` finished segments that the tokens of each grid segment may read (s - 1 of the paper)."""
+        rank = torch.arange(self.num_segments, device=self.position.device)
+        return self.finished_before[:, None] + rank - self.first

@@ -1,0 +1,58 @@
+"""Packaging: the repository root itself is the import package `mc_transformers`.
+
+The packages are listed by hand: discovery would find `kernels`, `tests` and `conversion` as top-level modules, and an
+installed top-level `kernels` breaks `import transformers`, which looks for a PyPI package of that name.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+TRAIN = ["peft", "datasets", "matplotlib"]
+TEST = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", *TRAIN]
+
+
+class BuildPy(build_py):
+    """Leaves out this file, which lies in the folder of the package but is not one of its modules."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        return [module for module in super().find_package_modules(package, package_dir) if module[1] != "setup"]
+
+
+setup(
+    name="mc-transformers",
+    version="0.1.0",
+    description="Memory Caching: recurrent language models with growing memory, as a Hugging Face Transformers plugin",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    cmdclass={"build_py": BuildPy},
+    package_dir={"mc_transformers": "."},
+    packages=[
+        "mc_transformers",
+        "mc_transformers.modeling_mc",
+        "mc_transformers.modeling_mc.memories",
+        "mc_transformers.kernels",
+        "mc_transformers.conversion",
+    ],
+    package_data={"mc_transformers": ["model_cards/presets/*.json"]},
+    install_requires=[
+        "torch>=2.9",
+        "transformers>=5.16,<6",
+        "accelerate",
+        "safetensors",
+        "huggingface-hub",
+        'triton; platform_system=="Linux"',
+    ],
+    extras_require={"train": TRAIN, "test": TEST},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
