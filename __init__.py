@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""Memory Caching for Hugging Face Transformers: `import mc_transformers` registers the family with the Auto classes."""
+"""Memory Caching for Transformers: `import mc_transformers` registers the model family with the Auto classes."""
 
 from transformers import (
     AutoConfig,

@@ -179,7 +179,8 @@ class MCConfig(PreTrainedConfig):
         self._check_values()
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
-                self._refuse("hidden_size", f"a multiple of num_attention_heads={self.num_attention_heads}, or set head_dim")
+                heads = self.num_attention_heads
+                self._refuse("hidden_size", f"a multiple of num_attention_heads={heads} (or set head_dim)")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -227,7 +228,7 @@ class MCConfig(PreTrainedConfig):
             if self.hidden_size % self.num_attention_heads:
                 self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of num_attention_heads")
             if self.gate_source == "query" and self.head_dim * self.num_attention_heads != self.hidden_size:
-                self._refuse("gate_source", "'projection' with segment_summary='hidden' and head_dim*heads != hidden_size")
+                self._refuse("gate_source", "'projection' when segment_summary='hidden' and head_dim * heads differs")
 
     def validate_layer_type(self):
         """Transformers' list of layer types does not know ours; `_check_combinations` has already looked."""

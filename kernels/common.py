@@ -54,7 +54,7 @@ def register_op(
 
     def gradient(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if is_tensor else rest for is_tensor, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        inputs = [next(tensors) if given else rest for given, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
         full = [
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
             for grad, (shape, dtype, device) in zip(grads, ctx.outputs_meta, strict=True)

@@ -26,7 +26,7 @@ def _decay_matrix(log_decay: torch.Tensor) -> torch.Tensor:
 
 
 def _decay_matrix_backward(grad: torch.Tensor, decay: torch.Tensor) -> torch.Tensor:
-    """Gradient `[..., C]` of log a, from the gradient of `_decay_matrix`: entry (t, i) holds log a_j for i < j <= t."""
+    """Gradient `[..., C]` of log a from that of `_decay_matrix`, whose entry (t, i) holds log a_j for i < j <= t."""
     weighted = (grad * decay).tril(-1)
     from_t_on = weighted.flip(-2).cumsum(-2).flip(-2)  # sum over t >= j
     return from_t_on.tril(-1).sum(-1)

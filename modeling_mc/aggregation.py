@@ -1,14 +1,15 @@
 # Copyright 2026 the mc-transformers authors.
 """The read rule (eq. 5): online answer and cached memories, mixed by constant gates, content gates or a top-k choice.
 
-Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through the kernels, and `Aggregation.mix_token`
-for one token per row, which decoding uses and which is the specification that the tests hold the first form against.
+Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through the kernels, and
+`Aggregation.mix_token` for one token per row, which decoding uses and which specifies the first form.
 """
 
 from dataclasses import dataclass
 
 import torch
 
+from ..kernels.segment_read import segment_read
 from ..kernels.selected_read import segment_route
 from .memories import Memory, State, Trace
 from .segments import SegmentTable
@@ -113,13 +114,23 @@ class Aggregation:
             if self.kind == "mean":
                 total = total / (table.num_visible() + 1).to(total.dtype)[:, :, None, None, None]
             return total
+        gating = (online_logit, birth, table.first, self.function)
+        if self.kind == "soup" and self.memory.num_maps > 1:
+            return self._soup(q, u, trace, caches, gating)
         if self.kind == "ssc":
             past, online_gate = self._select(q, u, online_logit, caches, birth, table)
-        else:  # a matrix memory's soup is its GRM
-            past, online_gate = self.memory.gated_read(
-                q, u, caches.states, caches.summaries, online_logit, birth, table.first, self.function
-            )
+        else:
+            past, online_gate = self.memory.gated_read(q, u, caches.states, caches.summaries, *gating)
         return past + online_gate[..., None].to(past.dtype) * trace.online
+
+    def _soup(self, q, u, trace, caches, gating):
+        """Mixed parameters (eq. 15) map by map: no token's own weights are ever built."""
+        x = q
+        for index in range(self.memory.num_maps):
+            past, online_gate = segment_read(x, u, caches.states[index], caches.summaries, *gating)
+            mixed = past + online_gate[..., None].to(past.dtype) * trace.read_map(index, x)
+            x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
+        return self.memory.finish(q, x)
 
     def _select(self, q, u, online_logit, caches, birth, table):
         index = segment_route(u, caches.summaries, birth, table.first, self.top_k)
@@ -172,5 +183,16 @@ class Aggregation:
             past = torch.einsum("bhs,bshv->bhv", gates, memory.read(chosen, q[:, None]))
         else:
             gates, online_gate = self._gates(logits, online_logit)
+            if self.kind == "soup":
+                return memory.read(self._mixed_parameters(gates, caches.states, online_gate, online), q)
             past = torch.einsum("bhs,bshv->bhv", gates, memory.read(caches.states, q[:, None]))
         return past + online_gate[..., None] * answer
+
+    @staticmethod
+    def _mixed_parameters(gates: torch.Tensor, states: State, online_gate: torch.Tensor, online: State) -> State:
+        """Eq. 15 letter by letter: one set of parameters per row, from gates `[B, H, S]` and `[B, H]`."""
+        return tuple(
+            (gates[..., None] * kept.transpose(1, 2).flatten(3)).sum(2).view_as(now)
+            + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
+            for kept, now in zip(states, online, strict=False)
+        )

@@ -54,8 +54,8 @@ class MCCacheLayer(CacheLayerMixin):
             self.signature = signature
             return
         if self.signature != signature:
-            differ = [f"{k}={self.signature[k]!r} (model: {v!r})" for k, v in signature.items() if self.signature[k] != v]
-            raise ValueError(f"`past_key_values` was filled by another model: {', '.join(differ)}. Start from a new cache.")
+            differ = [f"{k}={self.signature[k]!r}, here {v!r}" for k, v in signature.items() if self.signature[k] != v]
+            raise ValueError(f"`past_key_values` was filled by another model ({'; '.join(differ)}): use a new cache")
         if self.position.shape[0] != batch_size:
             raise ValueError(
                 f"`past_key_values` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
@@ -67,7 +67,8 @@ class MCCacheLayer(CacheLayerMixin):
 
     def group(self, prefix: str) -> tuple[torch.Tensor, ...]:
         """The tensors `prefix.0`, `prefix.1`, ..."""
-        return tuple(self.tensors[f"{prefix}.{i}"] for i in range(len(self.tensors)) if f"{prefix}.{i}" in self.tensors)
+        names = (f"{prefix}.{i}" for i in range(len(self.tensors)))
+        return tuple(self.tensors[name] for name in names if name in self.tensors)
 
     def capacity_after(self, table: SegmentTable) -> int:
         """Segment slots needed after the tokens of `table`: a bound from lengths alone, nothing is read back. At least

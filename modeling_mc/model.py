@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .cache import MCCache, memory_caching_mask
-from .memories import MEMORIES, Memory
+from .memories import Memory
 from .mixer import MCMixer
 from .segments import SegmentTable
 

@@ -217,7 +217,7 @@ class SegmentTable:
         """Causal depthwise convolution of compact tokens `[R, T, C]` that never crosses a document border.
 
         Args:
-            conv: `nn.Conv1d` of kernel K without padding. tail: `[R, K - 1, C]`, the tokens before these; None = zeros.
+            conv: `nn.Conv1d` of kernel K without padding. tail: `[R, K - 1, C]`, what came before; None = zeros.
 
         Returns:
             `[R, T, C]`, and the new tail: each row's last K - 1 real tokens.
@@ -255,7 +255,7 @@ class SegmentTable:
         return self.finished_after - self.finished_before
 
     def birth(self, cached: int) -> torch.Tensor:
-        """`[R, cached + N]`: the first grid segment that may read each memory; `cached` kept ones, then this grid's."""
+        """`[R, cached + N]`: the first grid segment that may read each memory, kept ones first, then this grid's."""
         rows, device = self.position.shape[0], self.position.device
         kept = torch.arange(cached, device=device) < self.finished_before[:, None]
         new = torch.arange(1, self.num_segments + 1, device=device).expand(rows, -1)

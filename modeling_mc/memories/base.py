@@ -28,6 +28,10 @@ class Trace:
     online: torch.Tensor
     ends: State
 
+    def read_map(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The online memory's linear map number `index` alone, on one input per slot `[R, N, W, H, *]`."""
+        raise NotImplementedError
+
 
 class Memory(nn.Module):
     """A write rule. Its state is a tuple of tensors `[num, H, ...]` in fp32 (float64 for float64 inputs).
@@ -36,12 +40,15 @@ class Memory(nn.Module):
         gate_names: which of the mixer's gate projections the rule takes: "a" decay, "b" momentum or second write
             strength, "e" step size or write strength.
         num_read: how many leading tensors of the state are needed to read it; only these are cached per segment.
+        num_maps: linear maps that a read applies one after the other, each held by one of the leading tensors as
+            `[..., d_in, d_out]`. With one map Memory Soup is GRM; with more, the next two methods connect them.
         gate_bias: start value of each gate's bias.
     """
 
     gate_names: tuple[str, ...] = ()
     gate_bias: dict[str, float] = {}
     num_read = 1
+    num_maps = 1
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -93,6 +100,14 @@ class Memory(nn.Module):
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         """M(q) `[..., H, dv]` of states `[..., H, ...]` for queries `[..., H, dk]` that broadcast against them."""
+        raise NotImplementedError
+
+    def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
+        """The pointwise function after map number `index` (soup of memories with several maps)."""
+        raise NotImplementedError
+
+    def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        """M(q) from the last map's output r (soup of memories with several maps)."""
         raise NotImplementedError
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):

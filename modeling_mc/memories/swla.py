@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""Sliding-window linear attention with window 2 (eq. 28): S_t = a_t S_{t-1} + b_t k_{t-1} v_{t-1}^T + l_t k_t v_t^T."""
+"""Sliding-window linear attention of window 2 (eq. 28): S_t = a S_{t-1} + b k_{t-1} v_{t-1}^T + l k_t v_t^T."""
 
 import torch
 from torch.nn import functional as F
