@@ -26,7 +26,6 @@ DEEP_MEMORIES = ("dla", "titans")
 # values that are part of the design but that this version does not implement yet
 NOT_YET = {
     "memory": ("gated_delta", "dla", "titans", "lstm", "gru"),
-    "segmentation": ("logarithmic",),
     "mc_backend": ("triton",),
 }
 POSITIVE = (
@@ -240,7 +239,8 @@ class MCConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MCConfig":
-        """Config of a published size: "mc-170m", "mc-340m", "mc-760m" or "mc-1.3b" (the paper's Table 6).
+        """Config of a published size: "mc-170m", "mc-340m", "mc-760m" or "mc-1.3b" (the paper's Table 6), and
+        "log-linear++" (GRM gates over logarithmic segments, section 5).
 
         Raises:
             ValueError: no preset of that name.

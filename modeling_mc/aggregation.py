@@ -5,26 +5,13 @@ Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through 
 `Aggregation.mix_token` for one token per row, which decoding uses and which specifies the first form.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from ..kernels.segment_read import segment_read
 from ..kernels.selected_read import segment_route
+from .history import Caches
 from .memories import Memory, State, Trace
 from .segments import SegmentTable
-
-
-@dataclass
-class Caches:
-    """Readable states of finished segments and what the gates know of them.
-
-    Attributes:
-        states: tensors `[R, S, H, ...]`. summaries: `[R, S, H, m, du]`, means of the m sub-blocks of each segment.
-    """
-
-    states: State
-    summaries: torch.Tensor | None
 
 
 class Summary:
@@ -78,10 +65,6 @@ class Summary:
         here = torch.arange(self.num_blocks, device=offset.device) == (offset // self.block)[:, None]
         return kept + here[:, None, :, None].to(sums.dtype) * source[:, :, None].to(sums.dtype)
 
-    def mean(self, sums: torch.Tensor) -> torch.Tensor:
-        """Descriptors of complete segments."""
-        return sums / self.block
-
 
 class Aggregation:
     """Everything that `aggregation`, `gate_function` and `num_selected_segments` of the config decide."""
@@ -96,44 +79,50 @@ class Aggregation:
     def mix(
         self,
         q: torch.Tensor,
-        u: torch.Tensor,
+        u: torch.Tensor | None,
         trace: Trace,
         online_logit: torch.Tensor | None,
         caches: Caches,
-        table: SegmentTable,
     ) -> torch.Tensor:
-        """`[R, N, W, H, dv]`; caches hold the S = cached + N memories of `SegmentTable.birth`."""
+        """`[R, N, W, H, dv]` from queries `[R, N, W, H, dk]`, u `[R, N, W, H, du]` and logits `[R, N, W, H]`.
+
+        `caches` has R rows, or R * N rows of one grid segment each when every segment has memories of its own.
+        """
         if not self.uses_cache:
             return trace.online
-        birth = table.birth(caches.states[0].shape[1] - table.num_segments)
-        if not self.uses_gates:
-            rank = torch.arange(table.num_segments, device=q.device)
-            slot = torch.arange(birth.shape[1], device=q.device)
-            visible = (birth[:, None] <= rank[:, None]) & (slot >= table.first[..., None])
-            total = trace.online + self.memory.constant_read(q, caches.states, visible)
-            if self.kind == "mean":
-                total = total / (table.num_visible() + 1).to(total.dtype)[:, :, None, None, None]
-            return total
-        gating = (online_logit, birth, table.first, self.function)
-        if self.kind == "soup" and self.memory.num_maps > 1:
-            return self._soup(q, u, trace, caches, gating)
-        if self.kind == "ssc":
-            past, online_gate = self._select(q, u, online_logit, caches, birth, table)
-        else:
-            past, online_gate = self.memory.gated_read(q, u, caches.states, caches.summaries, *gating)
-        return past + online_gate[..., None].to(past.dtype) * trace.online
+        rows, grid = (len(caches.first), caches.first.shape[1]), q.shape[:2]
 
-    def _soup(self, q, u, trace, caches, gating):
+        def fold(x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(*rows, *x.shape[2:])
+
+        if not self.uses_gates:
+            visible = caches.visible()
+            total = fold(trace.online) + self.memory.constant_read(fold(q), caches.states, visible)
+            if self.kind == "mean":
+                total = total / (visible.sum(-1) + 1).to(total.dtype)[:, :, None, None, None]
+            return total.reshape(*grid, *total.shape[2:])
+        gating = (fold(online_logit), caches.birth, caches.first, self.function)
+        if self.kind == "soup" and self.memory.num_maps > 1:
+            return self._soup(q, fold(u), trace, caches, gating, fold)
+        if self.kind == "ssc":
+            past, online_gate = self._select(fold(q), fold(u), gating[0], caches)
+        else:
+            past, online_gate = self.memory.gated_read(fold(q), fold(u), caches.states, caches.summaries, *gating)
+        total = past + online_gate[..., None].to(past.dtype) * fold(trace.online)
+        return total.reshape(*grid, *total.shape[2:])
+
+    def _soup(self, q, u, trace, caches, gating, fold):
         """Mixed parameters (eq. 15) map by map: no token's own weights are ever built."""
         x = q
         for index in range(self.memory.num_maps):
-            past, online_gate = segment_read(x, u, caches.states[index], caches.summaries, *gating)
-            mixed = past + online_gate[..., None].to(past.dtype) * trace.read_map(index, x)
+            past, online_gate = segment_read(fold(x), u, caches.states[index], caches.summaries, *gating)
+            mixed = past + online_gate[..., None].to(past.dtype) * fold(trace.read_map(index, x))
+            mixed = mixed.reshape(*q.shape[:2], *mixed.shape[2:])
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
         return self.memory.finish(q, x)
 
-    def _select(self, q, u, online_logit, caches, birth, table):
-        index = segment_route(u, caches.summaries, birth, table.first, self.top_k)
+    def _select(self, q, u, online_logit, caches):
+        index = segment_route(u, caches.summaries, caches.birth, caches.first, self.top_k)
         row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
         head = torch.arange(q.shape[3], device=q.device).view(-1, 1)
         chosen = caches.summaries[row, index.clamp(min=0), head]  # [R, N, W, H, k, m, du]
@@ -155,14 +144,15 @@ class Aggregation:
         u: torch.Tensor | None,
         online: State,
         online_logit: torch.Tensor | None,
-        caches: Caches,
-        visible: torch.Tensor,
+        kept: State | None,
+        summaries: torch.Tensor | None,
+        visible: torch.Tensor | None,
     ) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row.
 
         Args:
             q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
-            caches: up to S memories per row. visible: `[B, S]` bool, which of them are finished segments of the row.
+            kept, summaries: S cached memories per row, `[B, S, H, ...]`. visible: `[B, S]` bool, those it may read.
         """
         memory = self.memory
         answer = memory.read(online[: memory.num_read], q)
@@ -170,22 +160,22 @@ class Aggregation:
             return answer
         if not self.uses_gates:
             weight = visible.to(answer.dtype)
-            past = torch.einsum("bs,bshv->bhv", weight, memory.read(caches.states, q[:, None]))
+            past = torch.einsum("bs,bshv->bhv", weight, memory.read(kept, q[:, None]))
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
-        logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), caches.summaries.to(answer.dtype)).amax(-1)
+        logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), summaries.to(answer.dtype)).amax(-1)
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
         if self.kind == "ssc":
             best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
             gates, online_gate = self._gates(best.values, online_logit)
             row = torch.arange(q.shape[0], device=q.device)[:, None, None]
             head = torch.arange(q.shape[1], device=q.device)[:, None]
-            chosen = tuple(s[row, best.indices, head].transpose(1, 2) for s in caches.states)  # [B, k, H, ...]
+            chosen = tuple(s[row, best.indices, head].transpose(1, 2) for s in kept)  # [B, k, H, ...]
             past = torch.einsum("bhs,bshv->bhv", gates, memory.read(chosen, q[:, None]))
         else:
             gates, online_gate = self._gates(logits, online_logit)
             if self.kind == "soup":
-                return memory.read(self._mixed_parameters(gates, caches.states, online_gate, online), q)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(caches.states, q[:, None]))
+                return memory.read(self._mixed_parameters(gates, kept, online_gate, online), q)
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept, q[:, None]))
         return past + online_gate[..., None] * answer
 
     @staticmethod

@@ -7,7 +7,6 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
-from .segments import SegmentTable
 
 
 def memory_caching_mask(
@@ -26,9 +25,9 @@ class MCCacheLayer(CacheLayerMixin):
     """Cache of one memory layer for a batch of B rows, each at its own position.
 
     All tensors have the batch as their first dimension and live in `tensors`:
-    `position` `[B]` real tokens written; `state.i` the running state; `sums` `[B, H, m, du]` the running summary;
-    `conv.q/k/v` `[B, K - 1, C]` the convolutions' tails; `kept.i` `[B, S, H, ...]` and `summaries` `[B, S, H, m, du]`
-    one entry per finished segment, row b's being the first `position[b] // segment_size`.
+    `position` `[B]` real tokens written; `conv.q/k/v` `[B, K - 1, C]` the convolutions' tails; running states, running
+    summaries and finished segments as `History` describes them. With constant segmentation slot i of `kept.*` and
+    `summaries` is the row's segment i; a row has finished the first `position // segment_size` of them.
     """
 
     _layer_type = LAYER_TYPE
@@ -70,11 +69,6 @@ class MCCacheLayer(CacheLayerMixin):
         names = (f"{prefix}.{i}" for i in range(len(self.tensors)))
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
-    def capacity_after(self, table: SegmentTable) -> int:
-        """Segment slots needed after the tokens of `table`: a bound from lengths alone, nothing is read back. At least
-        one, so that no tensor is ever empty."""
-        return max(1, (self.num_tokens + table.num_tokens) // table.segment_size)
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -86,8 +80,12 @@ class MCCacheLayer(CacheLayerMixin):
         self.num_tokens += key_states.shape[1]
         return key_states, value_states
 
+    def put(self, name: str, value: torch.Tensor) -> None:
+        """Set a tensor `[B, ...]`."""
+        self.tensors[name] = value
+
     def store(self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor) -> None:
-        """Write `value` `[B, ...]` into segment slot `slot` `[B]` of tensor `name` for the rows that `keep` `[B]`."""
+        """Write `value` `[B, ...]` into slot `slot` `[B]` of tensor `name` for the rows that `keep` `[B]` marks."""
         stack = self.tensors[name]
         row = torch.arange(value.shape[0], device=value.device)
         slot = slot.clamp(max=stack.shape[1] - 1)
@@ -98,19 +96,26 @@ class MCCacheLayer(CacheLayerMixin):
         else:
             stack.index_put_((row, slot), value)
 
-    def reserve(self, num_segments: int) -> None:
-        """Make room for `num_segments` finished segments in the stacked tensors."""
+    def slots(self, needed: int) -> int:
+        """How many segment slots to allocate when `needed` are needed."""
+        return needed
+
+    def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool) -> None:
+        """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
         for name, stack in self.tensors.items():
-            missing = num_segments - stack.shape[1] if name == "summaries" or name.startswith("kept.") else 0
+            missing = size - stack.shape[1] if name.startswith(prefixes) else 0
             if missing > 0:
-                empty = stack.new_zeros(stack.shape[0], missing, *stack.shape[2:])
-                self.tensors[name] = torch.cat([stack, empty], 1)
+                more = stack[:, -1:].expand(-1, missing, *stack.shape[2:])
+                self.tensors[name] = torch.cat([stack, more if copy_last else torch.zeros_like(more)], 1)
 
     # ------------------------------------------------------------------------------------------------- for the user
     @property
     def num_segments(self) -> int:
-        """Finished segments whose state is kept, of the longest row."""
-        return int(self.position.max()) // self.signature["segment_size"] if self.group("kept") else 0
+        """Memories of finished segments that the longest row can read."""
+        if not self.group("kept"):
+            return 0
+        finished = int(self.position.max()) // self.signature["segment_size"]
+        return finished.bit_count() if self.signature["segmentation"] == "logarithmic" else finished
 
     @property
     def nbytes(self) -> int:

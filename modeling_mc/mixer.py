@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from ..configuration_mc import MCConfig
 from ..kernels.common import compute_dtype
-from .aggregation import Aggregation, Caches, Summary
+from .aggregation import Aggregation, Summary
 from .cache import MCCacheLayer
-from .memories import MEMORIES, State
+from .history import History, Level
+from .memories import MEMORIES
 from .segments import SegmentTable
 
 
@@ -46,11 +47,6 @@ class Projected:
         return Projected(q, k, v, u, source, {name: gate[:, time] for name, gate in self.gates.items()})
 
 
-def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a` in the rows that `rows` `[B]` marks, else `b`."""
-    return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
-
-
 class MCMixer(nn.Module):
     """The sequence mixer of a memory layer.
 
@@ -66,6 +62,7 @@ class MCMixer(nn.Module):
         self.aggregation = Aggregation(config, self.memory)
         self.summary = Summary(config.segment_size, config.summaries_per_segment)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
+        self.history = History(config, self.memory, self.carry)
         width, keys, values = config.hidden_size, self.num_heads * self.key_dim, self.num_heads * self.value_dim
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
@@ -121,108 +118,77 @@ class MCMixer(nn.Module):
     def _grid(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """Answers `[R, T, H, dv]` of compact tokens, in parallel over tokens and segments."""
         before = layer if table.resumed else None
+        if before is not None:
+            self.history.grow(before, table.num_tokens)
+        seen = 0 if layer is None else layer.num_tokens
+        levels, trace, logit = [], None, None
+        for bit in range(self.history.num_levels(seen + table.num_tokens, layer is not None)):
+            coarse = table.coarser(1 << bit)
+            k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
+            gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
+            state = before and tuple(part[:, bit] for part in before.group("state"))
+            written = self.memory.write(coarse.to_grid(parts.q), k, v, gates, coarse, state, self.carry)
+            trace = trace or written  # only level 0 answers
+            sums = None
+            if parts.u is not None:
+                source = k if parts.source is parts.k else coarse.clear(coarse.to_grid(parts.source))
+                summary = Summary(coarse.segment_size, self.config.summaries_per_segment)
+                earlier = before and before.tensors["sums"][:, bit]
+                online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
+                logit = online if logit is None else logit
+            levels.append(Level(coarse, written.ends, sums))
+        caches = self.history.caches(levels, before)
         q, u = table.to_grid(parts.q), None if parts.u is None else table.to_grid(parts.u)
-        k, v = table.clear(table.to_grid(parts.k)), table.clear(table.to_grid(parts.v))
-        gates = {name: table.clear(table.to_grid(gate)) for name, gate in parts.gates.items()}
-        trace = self.memory.write(q, k, v, gates, table, before and before.group("state"), self.carry)
-
-        logit = sums = None
-        if u is not None:
-            source = k if parts.source is parts.k else table.clear(table.to_grid(parts.source))
-            logit, sums = self.summary.grid(
-                u, source.to(compute_dtype(source)), table, before and before.tensors["sums"]
-            )
-        caches = self._caches(trace.ends, sums, before)
-        out = self.aggregation.mix(q, u, trace, logit, caches, table)
+        out = self.aggregation.mix(q, u, trace, logit, caches)
         if layer is not None:
-            self._leave(trace.ends, sums, caches, table, layer)
+            self.history.leave(levels, caches, layer)
         return table.from_grid(out)
-
-    def _caches(self, ends: State, sums: torch.Tensor | None, before: MCCacheLayer | None) -> Caches:
-        """Memories kept from earlier forwards, then the end states of this grid."""
-        states = ends[: self.memory.num_read]
-        summaries = None if sums is None else self.summary.mean(sums)
-        if before is not None and self.aggregation.uses_cache:
-            states = tuple(torch.cat(pair, 1) for pair in zip(before.group("kept"), states, strict=True))
-            if summaries is not None:
-                summaries = torch.cat([before.tensors["summaries"], summaries], 1)
-        return Caches(states, summaries)
-
-    def _leave(
-        self, ends: State, sums: torch.Tensor | None, caches: Caches, table: SegmentTable, layer: MCCacheLayer
-    ) -> None:
-        """Leave in the cache what the next forward needs: each row's running state and finished segments in order."""
-        row = torch.arange(ends[0].shape[0], device=ends[0].device)
-        running = table.running_index()
-        last, begun = running.clamp(max=table.num_segments - 1), running < table.num_segments
-        fresh = self.memory.initial_state(len(row), ends[0].device, ends[0].dtype)
-        for i, (end, new) in enumerate(zip(ends, fresh, strict=True)):
-            layer.tensors[f"state.{i}"] = rows_where(begun | self.carry, end[row, last], new)
-        if sums is not None:
-            layer.tensors["sums"] = rows_where(begun, sums[row, last], torch.zeros_like(sums[:, 0]))
-        if self.aggregation.uses_cache:
-            cached, before = caches.states[0].shape[1] - table.num_segments, table.finished_before[:, None]
-            slot = torch.arange(layer.capacity_after(table), device=row.device)
-            source = torch.where(slot < before, slot, cached + slot - before).clamp(max=caches.states[0].shape[1] - 1)
-            for i, states in enumerate(caches.states):
-                layer.tensors[f"kept.{i}"] = states[row[:, None], source]
-            if caches.summaries is not None:
-                layer.tensors["summaries"] = caches.summaries[row[:, None], source]
-        layer.tensors["position"] = table.next_position
 
     # ------------------------------------------------------------------------------------------------ token by token
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
         if "position" not in layer.tensors:
-            self._begin(layer, parts.q)
-        layer.reserve(layer.capacity_after(table))
+            sums = (self.num_heads, self.config.summaries_per_segment, self.config.summary_dim)
+            self.history.begin(
+                layer, len(parts.q), sums if parts.u is not None else None, parts.q.device, compute_dtype(parts.q)
+            )
+        self.history.grow(layer, table.num_tokens)
         out = [
             self._token(parts.at(t), None if table.order is None else t < table.length, layer)
             for t in range(table.num_tokens)
         ]
         return torch.stack(out, 1)
 
-    def _begin(self, layer: MCCacheLayer, q: torch.Tensor) -> None:
-        rows, device, dtype = q.shape[0], q.device, compute_dtype(q)
-        state = self.memory.initial_state(rows, device, dtype)
-        layer.tensors["position"] = torch.zeros(rows, dtype=torch.int64, device=device)
-        layer.tensors |= {f"state.{i}": part for i, part in enumerate(state)}
-        if self.aggregation.uses_cache:
-            kept = enumerate(state[: self.memory.num_read])
-            layer.tensors |= {f"kept.{i}": part.new_zeros(rows, 0, *part.shape[1:]) for i, part in kept}
-        if self.aggregation.uses_gates:
-            shape = (self.num_heads, self.summary.num_blocks, self.config.summary_dim)
-            layer.tensors["sums"] = torch.zeros(rows, *shape, device=device, dtype=dtype)
-            layer.tensors["summaries"] = torch.zeros(rows, 0, *shape, device=device, dtype=dtype)
-
     def _token(self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
-        position, size = layer.position, self.config.segment_size
-        offset, finished = position % size, position // size
-        old = layer.group("state")
-        state = self.memory.step(old, parts.k, parts.v, parts.gates)
-        logit = sums = caches = visible = None
-        if self.aggregation.uses_gates:
-            sums = self.summary.add(layer.tensors["sums"], parts.source, offset)
-            logit = self.summary.token(parts.u, sums, offset)
-        if self.aggregation.uses_cache:
-            caches = Caches(layer.group("kept"), layer.tensors.get("summaries"))
-            visible = torch.arange(caches.states[0].shape[1], device=position.device) < finished[:, None]
-        out = self.aggregation.mix_token(parts.q.to(state[0].dtype), parts.u, state, logit, caches, visible)
+        running = layer.group("state")
+        levels = running[0].shape[1]
 
-        real = torch.ones_like(position, dtype=torch.bool) if real is None else real
-        full = real & (offset + 1 == size)
-        if self.aggregation.uses_cache:
-            for i in range(self.memory.num_read):
-                layer.store(f"kept.{i}", state[i], finished, full)
-        if sums is not None:
-            layer.store("summaries", self.summary.mean(sums), finished, full)
-            layer.tensors["sums"] = rows_where(real, sums, layer.tensors["sums"])
-        fresh = state if self.carry else self.memory.initial_state(len(full), position.device, state[0].dtype)
-        for i, (before, after, new) in enumerate(zip(old, state, fresh, strict=True)):
-            layer.tensors[f"state.{i}"] = rows_where(real, rows_where(full, new, after), before)
-        layer.tensors["position"] = position + real
+        def each(x: torch.Tensor) -> torch.Tensor:
+            return x[:, None].expand(-1, levels, *x.shape[1:]).flatten(0, 1)
+
+        gates = {name: each(gate) for name, gate in parts.gates.items()}
+        states = self.memory.step(tuple(s.flatten(0, 1) for s in running), each(parts.k), each(parts.v), gates)
+        states = tuple(s.unflatten(0, (-1, levels)) for s in states)
+        sums = logit = None
+        if parts.u is not None:
+            sums, logit = self._summarise(parts, layer, levels)
+        kept, summaries, visible = self.history.kept(layer) if self.history.keeps else (None, None, None)
+        online = tuple(s[:, 0] for s in states)
+        q = parts.q.to(online[0].dtype)
+        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible)
+        self.history.push(layer, states, sums, real)
         return out.to(parts.q.dtype)
+
+    def _summarise(self, parts: Projected, layer: MCCacheLayer, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums `[B, L, H, m, du]` with the new token, and the online logit `[B, H]` from those of level 0."""
+        added = []
+        for bit in range(levels):
+            summary = Summary(self.config.segment_size << bit, self.config.summaries_per_segment)
+            offset = layer.position % summary.segment_size
+            added.append(summary.add(layer.tensors["sums"][:, bit], parts.source, offset))
+        offset = layer.position % self.config.segment_size
+        return torch.stack(added, 1), self.summary.token(parts.u, added[0], offset)
 
     def _reference(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """`_tokens` without a cache, document by document."""

@@ -23,7 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .cache import MCCache, memory_caching_mask
-from .memories import Memory
+from .memories import MEMORIES, Memory
 from .mixer import MCMixer
 from .segments import SegmentTable
 
@@ -97,7 +97,13 @@ class MCPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
     _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": LlamaAttention}
-    _keep_in_fp32_modules_strict = ["a_bias", "b_bias", "e_bias", "initial_state"]
+
+    def __init__(self, config: MCConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
+            memory = MEMORIES[config.memory]
+            self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names]
+            self._keep_in_fp32_modules_strict += memory.fp32_parameters
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,13 +2,25 @@
 """SegmentTable: which token belongs to which segment of which sequence. The only place that knows about padding,
 packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid."""
 
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 
-NEVER = 2**30  # birth of a slot that no token of this forward may read
+def static_split(length: int) -> list[int]:
+    """The paper's static logarithmic segmentation of a whole sequence (section 4.2): one segment per set bit of its
+    length, largest first (37 = 32 + 4 + 1). For analysis: models split every prefix (segmentation="logarithmic").
+
+    Raises:
+        ValueError: length < 1.
+    """
+    if length < 1:
+        raise ValueError(f"`length`={length} is not valid, allowed: an integer >= 1")
+    if length & (length - 1) == 0:
+        warnings.warn(f"a length that is a power of two ({length}) is one segment: nothing is cached", stacklevel=2)
+    return [1 << bit for bit in reversed(range(length.bit_length())) if length >> bit & 1]
 
 
 def _packed_borders(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None) -> torch.Tensor | None:
@@ -32,6 +44,7 @@ class SegmentTable:
     segments a row, W slots a segment. Shapes depend on input shapes only.
 
     Attributes:
+        align: slot 0 of a resumed segment falls on a multiple of this (inner chunk of deep memories).
         position: `[R]` int64, tokens that each row has written before this forward.
         length: `[R]` int64, real tokens of each row in this forward.
         order: `[R, T]` the tokens with padding moved to the end, or None when there is no padding to move.
@@ -40,10 +53,13 @@ class SegmentTable:
         valid: `[R, N, W]` bool, slots that hold a token.
         offset: `[R, N, W]` int64, position of the slot inside its segment.
         starts: `[R, N]` bool, first grid segment of a packed document, or None.
+        document: `[N]` int64, the document of every grid segment; begin: `[D]` int64, the first grid segment of every
+            document; borders: `[D + 1]` int64, tokens; all None unless documents are packed.
         first: `[R, N]` int64, the first grid segment of the same sequence.
     """
 
     segment_size: int
+    align: int
     num_tokens: int
     num_segments: int
     width: int
@@ -58,7 +74,10 @@ class SegmentTable:
     starts: torch.Tensor | None
     first: torch.Tensor
     borders: torch.Tensor | None
+    document: torch.Tensor | None
+    begin: torch.Tensor | None
     resumed: bool
+    coarse: dict[int, "SegmentTable"] = field(default_factory=dict, repr=False)
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -106,7 +125,20 @@ class SegmentTable:
             order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
             length = mask.sum(1)
 
-        resumed = position is not None
+        return cls._build_rows(num_tokens, segment_size, align, length, position, order, mask)
+
+    @classmethod
+    def _build_rows(
+        cls,
+        num_tokens: int,
+        segment_size: int,
+        align: int,
+        length: torch.Tensor,
+        position: torch.Tensor | None,
+        order: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> "SegmentTable":
+        resumed, device = position is not None, length.device
         if position is None:
             position = torch.zeros_like(length)
         start = position % segment_size
@@ -128,9 +160,41 @@ class SegmentTable:
             within = absolute - segment * segment_size - (segment == 0) * base[:, None]
             slot = (segment * width + within).clamp(max=num * width - 1)
         return cls(
-            segment_size, num_tokens, num, width, position, length, order, mask, slot, token, valid, offset,
-            None, torch.zeros(batch_size, num, dtype=torch.int64, device=device), None, resumed,
-        )  # fmt: skip
+            segment_size=segment_size,
+            align=align,
+            num_tokens=num_tokens,
+            num_segments=num,
+            width=width,
+            position=position,
+            length=length,
+            order=order,
+            mask=mask,
+            slot=slot,
+            token=token,
+            valid=valid,
+            offset=offset,
+            starts=None,
+            first=torch.zeros(len(length), num, dtype=torch.int64, device=device),
+            borders=None,
+            document=None,
+            begin=None,
+            resumed=resumed,
+        )
+
+    def coarser(self, factor: int) -> "SegmentTable":
+        """The same tokens in segments that are `factor` times as long (one level of logarithmic segmentation)."""
+        if factor == 1:
+            return self
+        if factor not in self.coarse:
+            size = self.segment_size * factor
+            if self.borders is not None:
+                table = self._build_packed(self.borders, self.num_tokens, size, self.length.device)
+            else:
+                position = self.position if self.resumed else None
+                order, mask = self.order, self.mask
+                table = self._build_rows(self.num_tokens, size, self.align, self.length, position, order, mask)
+            self.coarse[factor] = table
+        return self.coarse[factor]
 
     @classmethod
     def _build_packed(
@@ -157,6 +221,7 @@ class SegmentTable:
         slot = ((cumulative - segments)[owner] + distance // segment_size) * width + distance % segment_size
         return cls(
             segment_size=segment_size,
+            align=1,
             num_tokens=num_tokens,
             num_segments=num,
             width=width,
@@ -171,6 +236,8 @@ class SegmentTable:
             starts=(rank == first)[None],
             first=first[None],
             borders=borders,
+            document=known,
+            begin=cumulative - segments,
             resumed=False,
         )
 
@@ -254,20 +321,12 @@ class SegmentTable:
         """`[R]` grid segment that is unfinished after this forward; num_segments if the next one has not begun."""
         return self.finished_after - self.finished_before
 
-    def birth(self, cached: int) -> torch.Tensor:
-        """`[R, cached + N]`: the first grid segment that may read each memory, kept ones first, then this grid's."""
-        rows, device = self.position.shape[0], self.position.device
-        kept = torch.arange(cached, device=device) < self.finished_before[:, None]
-        new = torch.arange(1, self.num_segments + 1, device=device).expand(rows, -1)
-        return torch.cat([torch.where(kept, 0, NEVER), new], 1)
-
     def fresh(self, carry: bool) -> torch.Tensor:
         """`[R, N]` bool, grid segments that start from the initial state and not from what was before."""
         if carry:
             return torch.zeros_like(self.first, dtype=torch.bool) if self.starts is None else self.starts
         return (torch.arange(self.num_segments, device=self.first.device) > 0).expand_as(self.first)
 
-    def num_visible(self) -> torch.Tensor:
-        """`[R, N]` finished segments that the tokens of each grid segment may read (s - 1 of the paper)."""
-        rank = torch.arange(self.num_segments, device=self.position.device)
-        return self.finished_before[:, None] + rank - self.first
+    def first_of_level(self, coarse: "SegmentTable") -> torch.Tensor:
+        """`[R, N]`: where the sequence of each grid segment begins in the grid of a coarser table."""
+        return torch.zeros_like(self.first) if self.borders is None else coarse.begin[self.document][None]

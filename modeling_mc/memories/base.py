@@ -43,10 +43,12 @@ class Memory(nn.Module):
         num_maps: linear maps that a read applies one after the other, each held by one of the leading tensors as
             `[..., d_in, d_out]`. With one map Memory Soup is GRM; with more, the next two methods connect them.
         gate_bias: start value of each gate's bias.
+        fp32_parameters: names of the memory's own parameters that stay in fp32 in a half-precision model.
     """
 
     gate_names: tuple[str, ...] = ()
     gate_bias: dict[str, float] = {}
+    fp32_parameters: tuple[str, ...] = ()
     num_read = 1
     num_maps = 1
 
