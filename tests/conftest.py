@@ -1,0 +1,19 @@
+"""Seeds, one thread per worker, no network, and repeatable random examples for every test."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+from transformers import set_seed
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    set_seed(0)
