@@ -209,7 +209,7 @@ class History:
         if self.keeps:
             done = [(f"kept.{i}", states[i]) for i in range(self.memory.num_read)]
             if sums is not None:
-                factor = (self.num_blocks / (self.segment_size << level)).to(sums.dtype)
+                factor = self.num_blocks / (self.segment_size << level).to(sums.dtype)
                 done.append(("summaries", sums * factor.view(-1, *[1] * (sums.dim() - 2))))
             for name, value in done:
                 if self.logarithmic:
