@@ -4,6 +4,7 @@
 in the working directory would be found instead of it.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -16,6 +17,17 @@ NAMESPACE = "mc_transformers"
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """States, gates and accumulation: fp32 for every half precision, float64 stays float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function` with autocast off: an op chooses the dtype of its products itself, also inside an autocast region."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def register_op(
@@ -35,11 +47,13 @@ def register_op(
         fake, fake_backward: the same with shapes and dtypes only.
         differentiable: how many of the leading inputs receive a gradient.
     """
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast(forward), mutates_args=())
     op.register_fake(fake)
     if backward is None:
         return op
-    backward_op = torch.library.custom_op(f"{NAMESPACE}::{name}_backward", backward, mutates_args=())
+    backward_op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}_backward", without_autocast(backward), mutates_args=()
+    )
     backward_op.register_fake(fake_backward)
     num_inputs = len(inspect.signature(forward).parameters)
     takes_outputs = any(name.startswith("saved_") for name in inspect.signature(backward).parameters)
