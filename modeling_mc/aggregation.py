@@ -9,6 +9,7 @@ import torch
 
 from ..kernels.segment_read import segment_read
 from ..kernels.selected_read import segment_route
+from .cache import Kept
 from .history import Caches
 from .memories import Memory, State, Trace
 from .segments import SegmentTable
@@ -144,7 +145,7 @@ class Aggregation:
         u: torch.Tensor | None,
         online: State,
         online_logit: torch.Tensor | None,
-        kept: State | None,
+        kept: Kept | None,
         summaries: torch.Tensor | None,
         visible: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -152,7 +153,7 @@ class Aggregation:
 
         Args:
             q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
-            kept, summaries: S cached memories per row, `[B, S, H, ...]`. visible: `[B, S]` bool, those it may read.
+            kept: S cached memories per row. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool, those it may read.
         """
         memory = self.memory
         answer = memory.read(online[: memory.num_read], q)
@@ -160,22 +161,19 @@ class Aggregation:
             return answer
         if not self.uses_gates:
             weight = visible.to(answer.dtype)
-            past = torch.einsum("bs,bshv->bhv", weight, memory.read(kept, q[:, None]))
+            past = torch.einsum("bs,bshv->bhv", weight, memory.read(kept.all(), q[:, None]))
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
         logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), summaries.to(answer.dtype)).amax(-1)
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
         if self.kind == "ssc":
             best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
             gates, online_gate = self._gates(best.values, online_logit)
-            row = torch.arange(q.shape[0], device=q.device)[:, None, None]
-            head = torch.arange(q.shape[1], device=q.device)[:, None]
-            chosen = tuple(s[row, best.indices, head].transpose(1, 2) for s in kept)  # [B, k, H, ...]
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(chosen, q[:, None]))
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept.chosen(best.indices), q[:, None]))
         else:
             gates, online_gate = self._gates(logits, online_logit)
             if self.kind == "soup":
-                return memory.read(self._mixed_parameters(gates, kept, online_gate, online), q)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept, q[:, None]))
+                return memory.read(self._mixed_parameters(gates, kept.all(), online_gate, online), q)
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept.all(), q[:, None]))
         return past + online_gate[..., None] * answer
 
     @staticmethod

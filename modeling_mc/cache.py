@@ -1,12 +1,19 @@
 # Copyright 2026 the mc-transformers authors.
 """The segment-state cache: one state per finished segment, the running state, and nothing per token."""
 
+from dataclasses import dataclass
+
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from torch import nn
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
+from .memories import State
+
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 def memory_caching_mask(
@@ -21,26 +28,79 @@ def memory_caching_mask(
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = memory_caching_mask
 
 
+class Kept:
+    """Finished segments' states as a cache layer stores them, decoded and moved to the device that reads them."""
+
+    def __init__(self, layer: "MCCacheLayer", device: torch.device) -> None:
+        self.layer, self.device = layer, device
+        self.num = len(layer.group("kept"))
+        self.num_slots = layer.tensors["kept.0"].shape[1]
+
+    def _decode(self, get) -> State:
+        states = []
+        for i in range(self.num):
+            state = get(self.layer.tensors[f"kept.{i}"]).to(self.device)
+            if self.layer.kept_dtype is not None:
+                state = state.to(self.layer.tensors["state.0"].dtype)
+            if (scale := self.layer.tensors.get(f"scale.{i}")) is not None:
+                state = state * get(scale).to(self.device)
+            states.append(state)
+        return tuple(states)
+
+    def all(self) -> State:
+        """`[B, S, H, ...]`."""
+        return self._decode(lambda t: t)
+
+    def chosen(self, index: torch.Tensor) -> State:
+        """`[B, k, H, ...]` for slots `[B, H, k]`: only these are fetched and decoded."""
+
+        def get(t: torch.Tensor) -> torch.Tensor:
+            slot = index.to(t.device)
+            row = torch.arange(slot.shape[0], device=t.device)[:, None, None]
+            head = torch.arange(slot.shape[1], device=t.device)[:, None]
+            return t[row, slot, head].transpose(1, 2)
+
+        return self._decode(get)
+
+
+@dataclass
+class Recorded:
+    """A forward that `crop` may have to repeat: the mixer that ran it, its input `[B, T, hidden]` and padding mask."""
+
+    mixer: nn.Module
+    hidden_states: torch.Tensor
+    mask: torch.Tensor | None
+
+
 class MCCacheLayer(CacheLayerMixin):
     """Cache of one memory layer for a batch of B rows, each at its own position.
 
     All tensors have the batch as their first dimension and live in `tensors`:
     `position` `[B]` real tokens written; `conv.q/k/v` `[B, K - 1, C]` the convolutions' tails; running states, running
-    summaries and finished segments as `History` describes them. With constant segmentation slot i of `kept.*` and
-    `summaries` is the row's segment i; a row has finished the first `position // segment_size` of them.
+    summaries and finished segments as `History` describes them.
+
+    Attributes:
+        kept_dtype: how finished segments' states are stored: None (as computed), a float dtype, or torch.int8 (with
+            one scale per row of a state, `scale.i`).
+        kept_device: where they are stored; None = where they are computed.
     """
 
-    _layer_type = LAYER_TYPE
+    _layer_type: str | None = LAYER_TYPE
     is_sliding = False
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
         self.tensors: dict[str, torch.Tensor] = {}
-        self.num_tokens = 0  # with padding: the length that generate() counts
+        self.num_tokens: int | torch.Tensor = 0  # with padding: the length that generate() counts
         self.signature: dict = {}
+        self.kept_dtype: torch.dtype | None = None
+        self.kept_device: torch.device | None = None
+        self.record_past = False
+        self.recorded: list[Recorded] = []
+        self.snapshot: dict | None = None
 
     # ------------------------------------------------------------------------------------------------- for the mixer
     def check(self, signature: dict, batch_size: int) -> None:
@@ -69,6 +129,10 @@ class MCCacheLayer(CacheLayerMixin):
         names = (f"{prefix}.{i}" for i in range(len(self.tensors)))
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
+    def bound(self, num_tokens: int) -> int:
+        """Tokens that sizes have to reckon with when `num_tokens` more come."""
+        return self.num_tokens + num_tokens
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -77,28 +141,51 @@ class MCCacheLayer(CacheLayerMixin):
         """Count the tokens of `key_states` `[B, T, ...]`, whose traces the mixer has left in `tensors`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-        self.num_tokens += key_states.shape[1]
+        self._count(key_states.shape[1])
         return key_states, value_states
+
+    def _count(self, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+
+    # ------------------------------------------------------------------------------------------------------- tensors
+    def _encode(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How a tensor is stored: more than one only for quantised states."""
+        if not name.startswith("kept."):
+            return {name: value}
+        device = self.kept_device or value.device
+        if self.kept_dtype != torch.int8:
+            return {name: value.to(device, self.kept_dtype or value.dtype)}
+        scale = (value.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(value.dtype).tiny)
+        coded = (value / scale).round().to(torch.int8)
+        return {name: coded.to(device), name.replace("kept.", "scale."): scale.to(device)}
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        self.tensors[name] = value
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Set a tensor `[B, ...]`."""
-        self.tensors[name] = value
+        for part, coded in self._encode(name, value).items():
+            self._set(part, coded)
 
     def store(self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor) -> None:
         """Write `value` `[B, ...]` into slot `slot` `[B]` of tensor `name` for the rows that `keep` `[B]` marks."""
+        for part, coded in self._encode(name, value).items():
+            self._store(part, coded, slot.to(coded.device), keep.to(coded.device))
+
+    def _store(self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor) -> None:
         stack = self.tensors[name]
         row = torch.arange(value.shape[0], device=value.device)
         slot = slot.clamp(max=stack.shape[1] - 1)
         value = torch.where(keep.view(-1, *[1] * (value.dim() - 1)), value.to(stack.dtype), stack[row, slot])
-        frozen = stack.is_inference() and not torch.is_inference_mode_enabled()
-        if value.requires_grad or stack.requires_grad or frozen:
-            self.tensors[name] = stack.index_put((row, slot), value)
-        else:
+        if self._in_place(stack, value):
             stack.index_put_((row, slot), value)
+        else:
+            self.tensors[name] = stack.index_put((row, slot), value)
 
-    def slots(self, needed: int) -> int:
-        """How many segment slots to allocate when `needed` are needed."""
-        return needed
+    def _in_place(self, old: torch.Tensor, new: torch.Tensor) -> bool:
+        """Whether `old` may be overwritten: no gradient needs it, no snapshot shares it, inference mode allows it."""
+        frozen = old.is_inference() and not torch.is_inference_mode_enabled()
+        return not (new.requires_grad or old.requires_grad or frozen or self.snapshot is not None)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool) -> None:
         """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
@@ -115,29 +202,39 @@ class MCCacheLayer(CacheLayerMixin):
         if not self.group("kept"):
             return 0
         finished = int(self.position.max()) // self.signature["segment_size"]
-        return finished.bit_count() if self.signature["segmentation"] == "logarithmic" else finished
+        if self.signature["segmentation"] == "logarithmic":
+            return finished.bit_count()
+        return min(finished, self.signature["max_cached_segments"] or finished)
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     # -------------------------------------------------------------------------------------------- for Transformers
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | torch.Tensor:
         return self.num_tokens
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int | torch.Tensor, int]:
         return self.num_tokens + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before Transformers 5.23
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` before Transformers 5.23."""
+        return self.get_max_length()
 
     def _map(self, function) -> None:
         self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        if self.snapshot is not None:
+            self.snapshot["tensors"] = {name: function(t) for name, t in self.snapshot["tensors"].items()}
+        for entry in self.recorded:
+            entry.hidden_states = function(entry.hidden_states)
+            entry.mask = None if entry.mask is None else function(entry.mask)
 
     def reset(self) -> None:
         self.tensors, self.num_tokens, self.is_initialized = {}, 0, False
+        self.recorded, self.snapshot = [], None
 
     def offload(self) -> None:
         self._map(lambda t: t.to("cpu", non_blocking=True))
@@ -155,15 +252,145 @@ class MCCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda t: t[indices.to(t.device)])
 
+    # --------------------------------------------------------------------------------------------------- rolling back
+    def activate_past_recording(self) -> None:
+        """From now on keep what `crop` needs: a snapshot, and the inputs of every forward since the last crop."""
+        self.record_past = True
+
+    def remember(self, mixer: nn.Module, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Called by the mixer before a forward of `hidden_states` `[B, T, hidden]` while recording."""
+        if self.snapshot is None:
+            self.snapshot = self._take_snapshot()
+        self.recorded.append(Recorded(mixer, hidden_states.detach(), mask))
+
+    def _take_snapshot(self) -> dict:
+        return {"tensors": dict(self.tensors), "num_tokens": self.num_tokens, "initialized": self.is_initialized}
+
+    def _restore(self, snapshot: dict) -> None:
+        self.tensors, self.num_tokens = snapshot["tensors"], snapshot["num_tokens"]
+        self.is_initialized = snapshot["initialized"]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, exactly: go back to the snapshot and write the tokens that stay once more.
+
+        Args:
+            tokens_to_remove: how many, as a negative number (a positive one means the same); 0 only drops the record.
+
+        Raises:
+            RuntimeError: more tokens than were recorded since the last crop (see `activate_past_recording`).
+        """
+        recorded, snapshot, remove = self.recorded, self.snapshot, abs(tokens_to_remove)
+        known = sum(entry.hidden_states.shape[1] for entry in recorded)
+        if remove > known:
+            raise RuntimeError(
+                f"cannot remove {remove} tokens from the cache: {known} are recorded. Call `activate_past_recording()` "
+                "on the cache before the forward whose tokens are to be removed"
+            )
+        self.recorded, self.snapshot = [], None
+        if not remove:
+            return
+        self._restore(snapshot)
+        recording, self.record_past = self.record_past, False
+        left = known - remove
+        for entry in recorded:
+            count = min(left, entry.hidden_states.shape[1])
+            if count:
+                mask = None if entry.mask is None else entry.mask[:, :count]
+                entry.mixer.replay(entry.hidden_states[:, :count], mask, self)
+            left -= count
+        self.record_past = recording
+
+
+class MCStaticCacheLayer(MCCacheLayer):
+    """The same with tensors whose shape and address never change: for `cache_implementation="static"`, torch.compile
+    and CUDA graphs. All sizes follow from `max_cache_len`; counters are tensors, changed in place."""
+
+    _layer_type = None  # only the dynamic class registers itself under this layer type
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int, **kwargs) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.num_tokens = torch.zeros((), dtype=torch.int64)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        super().lazy_initialization(key_states)
+        self.num_tokens = self._fixed(self.num_tokens.to(self.device))
+
+    @staticmethod
+    def _fixed(tensor: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
+
+    def bound(self, num_tokens: int) -> int:
+        return self.max_cache_len
+
+    def _count(self, num_tokens: int) -> None:
+        self.num_tokens.add_(num_tokens)
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        old = self.tensors.get(name)
+        if old is None or old.shape != value.shape:
+            self.tensors[name] = self._fixed(value.clone(memory_format=torch.contiguous_format))
+        else:
+            old.copy_(value)
+
+    def _in_place(self, old: torch.Tensor, new: torch.Tensor) -> bool:
+        return True
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0  # as attention's static layers: masks are made for all layers from the first one
+
+    def reset(self) -> None:
+        for tensor in (*self.tensors.values(), self.num_tokens):
+            tensor.zero_()
+        self.recorded, self.snapshot = [], None
+
+    def _take_snapshot(self) -> dict:
+        tensors = {name: t.clone() for name, t in self.tensors.items()}
+        return {"tensors": tensors, "num_tokens": self.num_tokens.clone(), "initialized": self.is_initialized}
+
+    def _restore(self, snapshot: dict) -> None:
+        for name, tensor in snapshot["tensors"].items():
+            self._set(name, tensor)
+        self.num_tokens.copy_(snapshot["num_tokens"])
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = MCStaticCacheLayer
+
 
 class MCCache(DynamicCache):
     """A `DynamicCache` of this family with the numbers that people want to know of a memory.
+
+    Args:
+        config: the model's config.
+        offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
+            device, and "ssc" fetches just the chosen states.
+        state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
+            (one scale per row of a state). Anything but None is an approximation.
+
+    Raises:
+        ValueError: another `state_dtype`.
 
     Example:
         >>> cache = MCCache(config=model.config)
         >>> model.generate(**inputs, past_key_values=cache)
         >>> cache.num_segments, cache.nbytes
     """
+
+    def __init__(
+        self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
+        for layer in self.memory_layers:
+            layer.kept_dtype = state_dtype
+            layer.kept_device = torch.device("cpu") if offload_segments else None
 
     @property
     def memory_layers(self) -> list[MCCacheLayer]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import MCCacheLayer
+from .cache import Kept, MCCacheLayer
 from .memories import Memory, State
 from .segments import SegmentTable
 
@@ -99,8 +99,8 @@ class History:
 
     def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
         """Make room for `num_tokens` more tokens: slots, and levels, which start as copies of the endless top one."""
-        total = layer.num_tokens + num_tokens
-        layer.extend(("kept.", "summaries"), self._num_slots(total), copy_last=False)
+        total = layer.bound(num_tokens)
+        layer.extend(("kept.", "scale.", "summaries"), self._num_slots(total), copy_last=False)
         layer.extend(("state.", "sums"), self.num_levels(total, True), copy_last=True)
 
     # --------------------------------------------------------------------------------------------- whole grids
@@ -114,7 +114,7 @@ class History:
         new = torch.arange(1, table.num_segments + 1, device=table.first.device).expand(len(table.position), -1)
         if layer is None or not self.keeps:
             return Caches(states, summaries, new, table.first)
-        kept = layer.group("kept")
+        kept = Kept(layer, new.device).all()
         known = torch.arange(kept[0].shape[1], device=new.device) < table.finished_before[:, None]
         states = tuple(torch.cat(pair, 1) for pair in zip(kept, states, strict=True))
         if summaries is not None:
@@ -127,6 +127,7 @@ class History:
         rank = torch.arange(table.num_segments, device=table.first.device)
         row = torch.arange(len(table.position), device=rank.device)[:, None]
         finished = table.finished_before[:, None] + rank - table.first  # [R, N] segments before, of the same sequence
+        kept = [] if layer is None else [*Kept(layer, row.device).all(), layer.tensors.get("summaries")]
         slots: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             first = table.first_of_level(level.table)
@@ -137,9 +138,8 @@ class History:
             if level.sums is not None:
                 parts.append(self.mean(level.sums, bit))
             parts = [part[row, local] for part in parts]  # [R, N, H, ...]
-            if layer is not None:
-                kept = [*layer.group("kept"), *([layer.tensors["summaries"]] if level.sums is not None else [])]
-                parts = [rows_where(index < 0, old[:, None, bit], new) for old, new in zip(kept, parts, strict=True)]
+            if kept:
+                parts = [rows_where(index < 0, old[:, None, bit], new) for old, new in zip(kept, parts, strict=False)]
             slots.append(parts)
         columns = zip(*slots, strict=True)
         stacked = [torch.stack([*column, torch.zeros_like(column[0])], 2).flatten(0, 1) for column in columns]
@@ -173,13 +173,14 @@ class History:
         if not self.logarithmic:
             table, parts = levels[0].table, [*caches.states, caches.summaries]
             cached, before = caches.birth.shape[1] - table.num_segments, table.finished_before[:, None]
-            slot = torch.arange(layer.slots(self._num_slots(layer.num_tokens + table.num_tokens)), device=row.device)
+            slot = torch.arange(self._num_slots(layer.bound(table.num_tokens)), device=row.device)
             source = torch.where(slot < before, slot, cached + slot - before).clamp(max=caches.birth.shape[1] - 1)
             for name, part in zip(names, parts, strict=True):
                 if part is not None:
                     layer.put(name, part[row[:, None], source])
             return
-        kept = [layer.tensors.get(name) for name in names]
+        old_states = Kept(layer, row.device).all() if layer.group("kept") else [None] * self.memory.num_read
+        kept = [*old_states, layer.tensors.get("summaries")]
         finished: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             new = level.table.running_index() - 1  # last segment of this level that this grid has finished
@@ -192,12 +193,13 @@ class History:
             layer.put(name, torch.stack(parts, 1))
 
     # ---------------------------------------------------------------------------------------------- one token
-    def kept(self, layer: MCCacheLayer) -> tuple[State, torch.Tensor | None, torch.Tensor]:
-        """States `[B, S, H, ...]`, summaries and which of them `[B, S]` bool each row may read now."""
-        states, finished = layer.group("kept"), layer.position // self.segment_size
-        slot = torch.arange(states[0].shape[1], device=finished.device)
+    def kept(self, layer: MCCacheLayer) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
+        """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
+        finished = layer.position // self.segment_size
+        kept = Kept(layer, finished.device)
+        slot = torch.arange(kept.num_slots, device=finished.device)
         visible = (finished[:, None] >> slot) & 1 == 1 if self.logarithmic else slot < finished[:, None]
-        return states, layer.tensors.get("summaries"), visible
+        return kept, layer.tensors.get("summaries"), visible
 
     def push(self, layer: MCCacheLayer, states: State, sums: torch.Tensor | None, real: torch.Tensor | None) -> None:
         """Take over states `[B, L, H, ...]` and sums of all levels that hold one more token of the rows `real` `[B]`,
@@ -212,10 +214,9 @@ class History:
                 factor = self.num_blocks / (self.segment_size << level).to(sums.dtype)
                 done.append(("summaries", sums * factor.view(-1, *[1] * (sums.dim() - 2))))
             for name, value in done:
-                if self.logarithmic:
-                    layer.put(name, rows_where(full, value, layer.tensors[name]))
-                else:
-                    layer.store(name, value[:, 0], position // self.segment_size, full[:, 0])
+                for bit in range(value.shape[1]):
+                    slot = torch.full_like(position, bit) if self.logarithmic else position // self.segment_size
+                    layer.store(name, value[:, bit], slot, full[:, bit])
         fresh = self.memory.initial_state(len(position), position.device, states[0].dtype)
         for i, (after, new) in enumerate(zip(states, fresh, strict=True)):
             after = after if self.carry else rows_where(full, new[:, None], after)

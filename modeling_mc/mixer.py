@@ -19,7 +19,7 @@ from .segments import SegmentTable
 # a cache is refused by a model that differs from the one that filled it in any of these
 CACHE_FIELDS = (
     "memory", "aggregation", "segmentation", "segment_size", "state_init", "gate_source", "segment_summary",
-    "summaries_per_segment", "memory_chunk_size", "memory_expansion", "conv_kernel_size",
+    "summaries_per_segment", "memory_chunk_size", "memory_expansion", "conv_kernel_size", "max_cached_segments",
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class MCMixer(nn.Module):
         tail = None if layer is None else layer.tensors.get(f"conv.{name}")
         y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
         if layer is not None:
-            layer.tensors[f"conv.{name}"] = tail
+            layer.put(f"conv.{name}", tail)
         return F.silu(y)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,9 +120,9 @@ class MCMixer(nn.Module):
         before = layer if table.resumed else None
         if before is not None:
             self.history.grow(before, table.num_tokens)
-        seen = 0 if layer is None else layer.num_tokens
+        bound = table.num_tokens if layer is None else layer.bound(table.num_tokens)
         levels, trace, logit = [], None, None
-        for bit in range(self.history.num_levels(seen + table.num_tokens, layer is not None)):
+        for bit in range(self.history.num_levels(bound, layer is not None)):
             coarse = table.coarser(1 << bit)
             k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
             gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
@@ -202,20 +202,39 @@ class MCMixer(nn.Module):
         return torch.cat(out, 1)
 
     # ------------------------------------------------------------------------------------------------------ forward
+    def _answers(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
+        """Answers `[R, T, H, dv]` of compact tokens `[R, T, hidden]`, and their traces in the cache."""
+        parts = self._project(x, table, layer)
+        if self.config.mc_backend == "reference":
+            return self._reference(parts, table, layer)
+        if table.resumed and table.num_tokens == 1:
+            return self._tokens(parts, table, layer)
+        return self._grid(parts, table, layer)
+
+    @torch.no_grad()
+    def replay(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, layer: MCCacheLayer) -> None:
+        """Write tokens `[B, T, hidden]` of an earlier forward into `layer` once more (`MCCacheLayer.crop`)."""
+        table = SegmentTable.build(
+            *hidden_states.shape[:2],
+            segment_size=self.config.segment_size,
+            device=hidden_states.device,
+            attention_mask=mask,
+            position=layer.position if layer.is_initialized else None,
+            align=self.memory.align,
+        )
+        self._answers(table.compact(hidden_states), table, layer)
+        layer.update(hidden_states)
+
     def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, past_key_values=None) -> torch.Tensor:
         """`[B, T, hidden]` to `[B, T, hidden]`; the table says where the tokens stand, the cache what was before."""
         table, layer = segment_table, None
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
             layer.check(self.cache_signature, hidden_states.shape[0])
+            if layer.record_past:
+                layer.remember(self, hidden_states, table.mask)
         x = table.compact(hidden_states)
-        parts = self._project(x, table, layer)
-        if self.config.mc_backend == "reference":
-            out = self._reference(parts, table, layer)
-        elif table.resumed and table.num_tokens == 1:
-            out = self._tokens(parts, table, layer)
-        else:
-            out = self._grid(parts, table, layer)
+        out = self._answers(x, table, layer)
         if layer is not None:
             past_key_values.update(x, None, self.layer_idx)
         out = self.o_norm(out)

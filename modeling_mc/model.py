@@ -95,7 +95,7 @@ class MCPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True
+    _is_stateful = False  # the cache can be rolled back
     _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": LlamaAttention}
 
     def __init__(self, config: MCConfig, *args, **kwargs) -> None:

@@ -2,6 +2,7 @@
 """The base memories by name. A new one costs its file and one line here."""
 
 from .base import Memory, State, Trace
+from .gated_delta import GatedDeltaMemory
 from .gated_linear import GatedLinearMemory
 from .linear import LinearMemory
 from .retention import RetentionMemory
@@ -13,6 +14,7 @@ MEMORIES: dict[str, type[Memory]] = {
     "retention": RetentionMemory,
     "gated_linear": GatedLinearMemory,
     "swla": SWLAMemory,
+    "gated_delta": GatedDeltaMemory,
 }
 
 __all__ = ["MEMORIES", "Memory", "State", "Trace"]
