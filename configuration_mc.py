@@ -25,7 +25,7 @@ CHOICES = {
 DEEP_MEMORIES = ("dla", "titans")
 # values that are part of the design but that this version does not implement yet
 NOT_YET = {
-    "memory": ("gated_delta", "dla", "titans", "lstm", "gru"),
+    "memory": ("dla", "titans", "lstm", "gru"),
     "mc_backend": ("triton",),
 }
 POSITIVE = (
@@ -97,6 +97,7 @@ class MCConfig(PreTrainedConfig):
         memory_chunk_size (`int`): inner chunk of deep memories, the same in training and decoding.
         memory_expansion (`int`): hidden width of a deep memory / head_dim.
         memory_head_norm (`bool`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
+        allow_negative_eigenvalues (`bool`): write strengths of "gated_delta" in [0, 2] and not in [0, 1].
         conv_kernel_size (`int`): width of the causal depthwise convolution (with SiLU) on q, k and v; 0 = none.
         qk_norm (`bool`): L2 norm of queries and keys.
         use_output_gate (`bool`): gate of the mixer's output.
@@ -167,6 +168,7 @@ class MCConfig(PreTrainedConfig):
     memory_chunk_size: int = 16
     memory_expansion: int = 4
     memory_head_norm: bool = True
+    allow_negative_eigenvalues: bool = False
     conv_kernel_size: int = 4
     qk_norm: bool = True
     use_output_gate: bool = True
@@ -223,6 +225,8 @@ class MCConfig(PreTrainedConfig):
                 self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
             if self.value_head_dim not in (None, self.head_dim):
                 self._refuse("value_head_dim", f"head_dim={self.head_dim} (or None) with memory={self.memory!r}")
+        if self.allow_negative_eigenvalues and self.memory != "gated_delta":
+            self._refuse("allow_negative_eigenvalues", f"False with memory={self.memory!r}")
         if self.segment_summary == "hidden":
             if self.hidden_size % self.num_attention_heads:
                 self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of num_attention_heads")

@@ -50,17 +50,16 @@ class Chunks:
         return state if self.starts is None else state.masked_fill(self.starts[:, None, segments, None, None], 0.0)
 
     def scan(
-        self, advance: Callable, initial: torch.Tensor | None, example: torch.Tensor
+        self, advance: Callable, initial: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """State before every sub-chunk `[R, H, M, dk, dv]` and after every segment `[R, N, H, dk, dv]`.
 
         Args:
             advance: `(sub-chunks, state)` to the state after them. initial: `[R, H, dk, dv]` or None.
-            example: `[R, H, ..., dk, dv]`, gives shape and dtype.
+            k, v: the cut keys and values, which give shape and dtype.
         """
-        rows, heads, *_, key, value = example.shape
-        before = example.new_empty(rows, heads, self.num, key, value)
-        ends = example.new_empty(rows, heads, self.num_segments, key, value)
+        before = k.new_empty(*k.shape[:2], self.num, k.shape[-1], v.shape[-1])
+        ends = k.new_empty(*k.shape[:2], self.num_segments, k.shape[-1], v.shape[-1])
         state = torch.zeros_like(before[:, :, self.steps[0][0]])
         if initial is not None:
             state[:, :, 0] = initial

@@ -17,7 +17,7 @@ def _chunked(q, k, v, log_decay, initial, starts, carry):
     qc, kc, vc = (chunks.cut(x, dtype) for x in (q, k, v))
     decay = Decay(None if log_decay is None else chunks.cut(log_decay, dtype), qc)
     update = decay.to_end(kc).transpose(-1, -2) @ vc
-    before, ends = chunks.scan(lambda m, state: decay.over(m, state) + update[:, :, m], initial, update)
+    before, ends = chunks.scan(lambda m, state: decay.over(m, state) + update[:, :, m], initial, kc, vc)
     return chunks, qc, kc, vc, decay, before, ends
 
 
