@@ -39,7 +39,8 @@ setup(
         "mc_transformers.kernels",
         "mc_transformers.conversion",
     ],
-    package_data={"mc_transformers": ["model_cards/presets/*.json"]},
+    package_data={"mc_transformers": ["LICENSE", "model_cards/template.md", "model_cards/presets/*.json"]},
+    entry_points={"console_scripts": ["mc-transformers = mc_transformers.conversion.cli:main"]},
     install_requires=[
         "torch>=2.9",
         "transformers>=5.16,<6",

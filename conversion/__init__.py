@@ -1,1 +1,2 @@
-"""Checkpoints in and out of the family."""
+# Copyright 2026 the mc-transformers authors.
+"""Checkpoints in and out of the family, Hub repositories, model cards and the command line."""

@@ -1,0 +1,10 @@
+# Copyright 2026 the mc-transformers authors.
+"""`python -m mc_transformers`, the same as the command `mc-transformers`."""
+
+import sys
+
+from .conversion.cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+# Copyright 2026 the mc-transformers authors.
+"""Outputs that are whole or not there: written under a temporary name, renamed at the end."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which takes the name `path` when the block has succeeded and vanishes when it fails.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty folder, and not `overwrite`.
+    """
+    path = Path(path)
+    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken and not (overwrite and path.is_dir()):
+        raise FileExistsError(f"{path} exists already" + (" (--overwrite replaces it)" if path.is_dir() else ""))
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            old = path.with_name(path.name + ".replaced.partial")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename it."""
+    path = Path(path)
+    partial = _partial(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
