@@ -21,7 +21,7 @@ def gate_logits(u: torch.Tensor, summaries: torch.Tensor) -> tuple[torch.Tensor,
     logits = u @ summaries.reshape(groups, segments * blocks, width).transpose(-1, -2)
     if blocks == 1:
         return logits, None
-    best = logits.view(groups, -1, segments, blocks).max(-1)
+    best = logits.view(groups, u.shape[1], segments, blocks).max(-1)
     return best.values, best.indices
 
 

@@ -167,6 +167,7 @@ READS = {
     "sub-blocks": {"blocks": 3},
     "packed": {"num": 4, "cached": 0, "packed": True},
     "one-segment": {"num": 1, "cached": 0},
+    "one-segment-sub-blocks": {"num": 1, "cached": 0, "blocks": 2},
     "one-token": {"num": 1, "width": 1, "cached": 4},
     "odd": {"rows": 1, "num": 5, "width": 3, "heads": 3, "key": 7, "value": 1, "summary": 2},
 }
