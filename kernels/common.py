@@ -5,18 +5,91 @@ in the working directory would be found instead of it.
 """
 
 import functools
+import importlib
+import importlib.util
 import inspect
+import logging
+import os
 from collections.abc import Callable
 
 import torch
 
 
 NAMESPACE = "mc_transformers"
+WIDEST = 256  # head width up to which the Triton kernels are written
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """States, gates and accumulation: fp32 for every half precision, float64 stays float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs on the CPU, for tests: it reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(NAMESPACE).info(message)
+
+
+def _no_triton(x: torch.Tensor, widths: tuple[int, ...]) -> str | None:
+    """Why the Triton kernels cannot take these inputs, or None."""
+    if not HAS_TRITON:
+        return "the package `triton` is not installed"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and triton_interpreted()):
+        return f"Triton has no device {x.device.type!r} (set TRITON_INTERPRET=1 to try it on the CPU)"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the dtype is {x.dtype}, allowed: float32, float16, bfloat16"
+    if max(widths) > WIDEST:
+        return f"a head is {max(widths)} wide, allowed: up to {WIDEST}"
+    return None
+
+
+def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int) -> str:
+    """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
+
+    Args:
+        requested: `MCConfig.mc_backend`; "auto" takes Triton on a GPU wherever it can, and logs its choice once.
+
+    Raises:
+        ValueError: "triton" is requested and cannot be had.
+    """
+    if requested not in ("auto", "triton") or (requested == "auto" and x.device.type != "cuda"):
+        return "torch"
+    problem = _no_triton(x, widths)
+    if problem is not None and requested == "triton":
+        raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
+    chosen = "triton" if problem is None else "torch"
+    if not torch.compiler.is_compiling():
+        _log_once(f"{op}: {chosen} kernels on {x.device.type}" + (f", because {problem}" if problem else ""))
+    return chosen
+
+
+def _with_backend(function: Callable, module: str, name: str) -> Callable:
+    """`function` with one more argument, the backend: "triton" runs `name` of the module `module` beside this one."""
+    count = len(inspect.signature(function).parameters)
+
+    def run(*args):
+        if args[count:] == ("triton",):
+            return getattr(importlib.import_module(f".{module}", __package__), name)(*args[:count])
+        return function(*args[:count])
+
+    return run
+
+
+def _custom_op(name: str, function: Callable, fake: Callable, triton: str | None, role: str) -> Callable:
+    """An op from a function with annotated arguments; with `triton`, its last argument is the backend."""
+    schema = torch.library.infer_schema(function, mutates_args=())
+    count = len(inspect.signature(function).parameters)
+    if triton is not None:
+        schema = schema.replace(") -> ", ', str backend="torch") -> ')
+        function = _with_backend(function, triton, role)
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast(function), mutates_args=(), schema=schema)
+    op.register_fake(lambda *args: fake(*args[:count]))
+    return op
 
 
 def without_autocast(function: Callable) -> Callable:
@@ -37,6 +110,7 @@ def register_op(
     fake: Callable | None = None,
     fake_backward: Callable | None = None,
     differentiable: int = 0,
+    triton: str | None = None,
 ) -> Callable:
     """Register `forward`, and `backward` as its gradient, as ops that `torch.compile` and `torch.export` see through.
 
@@ -44,21 +118,22 @@ def register_op(
         forward: `(inputs...) -> tensors`, with annotated tensor arguments first.
         backward: `(one gradient per output, inputs...) -> one gradient per differentiable input`; an input that is
             None gets an empty tensor. Arguments named `saved_*` between the two stand for the outputs of `forward`.
+            The gradient of an output that nothing used is zero, or None where its annotation allows that.
         fake, fake_backward: the same with shapes and dtypes only.
         differentiable: how many of the leading inputs receive a gradient.
+        triton: the module of kernels/ whose `forward` and `backward` do the same on Triton. The op then has one more
+            argument, "torch" or "triton" (see `choose_backend`).
     """
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast(forward), mutates_args=())
-    op.register_fake(fake)
+    op = _custom_op(name, forward, fake, triton, "forward")
     if backward is None:
         return op
-    backward_op = torch.library.custom_op(
-        f"{NAMESPACE}::{name}_backward", without_autocast(backward), mutates_args=()
-    )
-    backward_op.register_fake(fake_backward)
-    num_inputs = len(inspect.signature(forward).parameters)
-    takes_outputs = any(name.startswith("saved_") for name in inspect.signature(backward).parameters)
+    backward_op = _custom_op(f"{name}_backward", backward, fake_backward, triton, "backward")
+    parameters = inspect.signature(backward).parameters
+    takes_outputs = any(name.startswith("saved_") for name in parameters)
+    takes_none = [parameter.annotation == torch.Tensor | None for parameter in parameters.values()]
 
     def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.outputs_meta = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
@@ -69,14 +144,14 @@ def register_op(
     def gradient(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if given else rest for given, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
-        full = [
-            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad.contiguous()
-            for grad, (shape, dtype, device) in zip(grads, ctx.outputs_meta, strict=True)
-        ]
+        full = [None if grad is None else grad.contiguous() for grad in grads]
+        for i, (shape, dtype, device) in enumerate(ctx.outputs_meta):
+            if full[i] is None and not takes_none[i]:
+                full[i] = torch.zeros(shape, dtype=dtype, device=device)
         results = backward_op(*full, *tensors, *inputs)
         results = [results] if isinstance(results, torch.Tensor) else list(results)
         kept = [r if ctx.is_tensor[i] and ctx.needs_input_grad[i] else None for i, r in enumerate(results)]
-        return (*kept, *[None] * (num_inputs - differentiable))
+        return (*kept, *[None] * (len(ctx.rest) - differentiable))
 
     op.register_autograd(gradient, setup_context=setup_context)
     return op
