@@ -10,12 +10,15 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 from collections.abc import Callable
 
 import torch
 
 
-NAMESPACE = "mc_transformers"
+# of the ops: the package's name, so that a flat copy of these files (a Hub repository) has ops of its own beside ours
+NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".kernels.common"))
+BESIDE = __name__.removesuffix("common")  # in front of the names of the modules beside this one
 WIDEST = 256  # head width up to which the Triton kernels are written
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -74,7 +77,7 @@ def _with_backend(function: Callable, module: str, name: str) -> Callable:
 
     def run(*args):
         if args[count:] == ("triton",):
-            return getattr(importlib.import_module(f".{module}", __package__), name)(*args[:count])
+            return getattr(importlib.import_module(BESIDE + module), name)(*args[:count])
         return function(*args[:count])
 
     return run

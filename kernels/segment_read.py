@@ -25,14 +25,18 @@ def gate_logits(u: torch.Tensor, summaries: torch.Tensor) -> tuple[torch.Tensor,
     return best.values, best.indices
 
 
-class _Blocks:
-    """Row and head as one batch dimension, and the (query segments) x (read segments) blocks to walk through."""
+class Blocks:
+    """Row and head as one batch dimension, and the (query segments) x (read segments) blocks to walk through.
 
-    def __init__(self, q: torch.Tensor, states: torch.Tensor) -> None:
-        self.rows, self.num, self.width, self.heads, self.key_dim = q.shape
-        self.value_dim, self.cached = states.shape[-1], states.shape[1] - self.num
+    Args:
+        q: `[R, N, W, H, dk]`. num_memories: S. pair_width: elements that one (token, memory) pair needs.
+    """
+
+    def __init__(self, q: torch.Tensor, num_memories: int, pair_width: int) -> None:
+        self.rows, self.num, self.width, self.heads, _ = q.shape
+        self.cached = num_memories - self.num
         self.groups = self.rows * self.heads
-        per_pair = max(1, self.groups * self.width * self.key_dim)
+        per_pair = max(1, self.groups * self.width * pair_width)
         self.query_step = max(1, min(self.num, BUDGET // (per_pair * 8)))
         self.read_step = max(1, BUDGET // (per_pair * self.query_step))
 
@@ -64,19 +68,64 @@ class _Blocks:
         return [slice(i, min(i + self.read_step, visible)) for i in range(0, visible, self.read_step)]
 
 
-def _gates(blocks, function, u, summaries, online_logit, birth, first, segments, tokens, visible):
-    """Gates of one block of tokens: past `[G, T, V]`, online `[G, T]`, and which sub-block mean set the logit."""
-    logits, choice = gate_logits(u[:, tokens], summaries[:, :visible])
-    rank = torch.arange(segments.start, segments.stop, device=u.device)
-    slot = torch.arange(visible, device=u.device)
-    hidden = (birth[:, None, :visible] > rank[:, None]) | (slot < first[:, segments, None])  # [R, segments, V]
-    hidden = hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1)
-    logits = logits.masked_fill(hidden, float("-inf"))
-    online = online_logit[:, tokens]
-    if function == "sigmoid":
-        return logits.sigmoid(), online.sigmoid(), choice
-    gates = torch.cat([logits, online[..., None]], -1).softmax(-1)
-    return gates[..., :-1], gates[..., -1], choice
+class Gates:
+    """Content gates over past memories and the online one, for one block of tokens at a time, and their gradients.
+
+    Args: see `segment_read`.
+    """
+
+    def __init__(self, blocks: Blocks, u, summaries, online_logit, birth, first, function: str, dtype) -> None:
+        self.blocks, self.birth, self.first, self.function = blocks, birth, first, function
+        self.u, self.online_logit = blocks.tokens(u, dtype), blocks.tokens(online_logit, dtype)
+        self.summaries = blocks.memories(summaries, dtype)
+
+    def block(self, segments: slice, tokens: slice, visible: int):
+        """Gates of past memories `[G, T, V]`, of the online one `[G, T]`, which sub-block mean set each logit."""
+        blocks = self.blocks
+        logits, choice = gate_logits(self.u[:, tokens], self.summaries[:, :visible])
+        rank = torch.arange(segments.start, segments.stop, device=logits.device)
+        slot = torch.arange(visible, device=logits.device)
+        hidden = (self.birth[:, None, :visible] > rank[:, None]) | (slot < self.first[:, segments, None])
+        hidden = hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        online = self.online_logit[:, tokens]
+        if self.function == "sigmoid":
+            return logits.sigmoid(), online.sigmoid(), choice
+        gates = torch.cat([logits, online[..., None]], -1).softmax(-1)
+        return gates[..., :-1], gates[..., -1], choice
+
+    def begin_backward(self, grad_out, out, grad_online, online) -> None:
+        """Takes outputs of the read and their gradients, `[G, N * W, ...]`."""
+        self.grad_u, self.grad_summaries = torch.zeros_like(self.u), torch.zeros_like(self.summaries)
+        if self.function == "sigmoid":
+            self.shared = None
+            self.grad_logit = grad_online * online * (1 - online)
+        else:  # the softmax pull-back's common term: the sum of gate x its gradient
+            self.shared = (grad_out * out).sum(-1) + grad_online * online
+            self.grad_logit = online * (grad_online - self.shared)
+
+    def block_backward(self, tokens: slice, gates, choice, grad_gates) -> None:
+        """Adds what the gradient `[G, T, V]` of one block's gates gives to those of u and the summaries."""
+        if self.shared is None:
+            grad_logits = grad_gates * gates * (1 - gates)
+        else:
+            grad_logits = gates * (grad_gates - self.shared[:, tokens, None])
+        visible = grad_logits.shape[-1]
+        if choice is not None:
+            spread = grad_logits.new_zeros(*grad_logits.shape, self.summaries.shape[2])
+            grad_logits = spread.scatter_(-1, choice[..., None], grad_logits[..., None])
+        grad_logits = grad_logits.reshape(*grad_logits.shape[:2], -1)  # [G, T, V * m]
+        self.grad_u[:, tokens] = grad_logits @ self.summaries[:, :visible].flatten(1, 2)
+        grad_z = grad_logits.transpose(-1, -2) @ self.u[:, tokens]
+        self.grad_summaries[:, :visible] += grad_z.view(-1, visible, *self.summaries.shape[2:])
+
+    def gradients(self, u, summaries, online_logit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of u, summaries and online_logit, in their layouts and dtypes."""
+        return (
+            self.blocks.untokens(self.grad_u, u.dtype),
+            self.blocks.unmemories(self.grad_summaries, summaries.dtype),
+            self.blocks.untokens(self.grad_logit, online_logit.dtype),
+        )
 
 
 def segment_read_torch(
@@ -90,15 +139,13 @@ def segment_read_torch(
     function: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `segment_read`."""
-    dtype, blocks = compute_dtype(q), _Blocks(q, states)
-    qg, ug, logit = (blocks.tokens(x, dtype) for x in (q, u, online_logit))
-    sg, zg = blocks.memories(states, dtype), blocks.memories(summaries, dtype)
-    out = qg.new_zeros(blocks.groups, blocks.num * blocks.width, blocks.value_dim)
-    online_gate = torch.empty_like(logit)
+    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
+    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, dtype)
+    qg, sg = blocks.tokens(q, dtype), blocks.memories(states, dtype)
+    out = qg.new_zeros(*qg.shape[:-1], states.shape[-1])
+    online_gate = qg.new_empty(qg.shape[:-1])
     for segments, tokens, visible in blocks.queries():
-        gates, online_gate[:, tokens], _ = _gates(
-            blocks, function, ug, zg, logit, birth, first, segments, tokens, visible
-        )
+        gates, online_gate[:, tokens], _ = gates_of.block(segments, tokens, visible)
         for read in blocks.reads(visible):
             mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
             out[:, tokens] += mixed @ sg[:, read].flatten(1, 2)
@@ -120,48 +167,31 @@ def segment_read_backward_torch(
     function: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, u, states, summaries and online_logit."""
-    dtype, blocks = compute_dtype(q), _Blocks(q, states)
-    qg, ug, logit, go, gg, out, online = (
-        blocks.tokens(x, dtype) for x in (q, u, online_logit, grad_out, grad_online, saved_out, saved_online)
-    )
-    sg, zg = blocks.memories(states, dtype), blocks.memories(summaries, dtype)
-    grad_q, grad_u = torch.zeros_like(qg), torch.zeros_like(ug)
-    grad_states, grad_summaries = torch.zeros_like(sg), torch.zeros_like(zg)
-    if function == "sigmoid":
-        grad_logit = gg * online * (1 - online)
-        shared = None
-    else:
-        shared = (go * out).sum(-1) + gg * online  # sum of gate x its gradient, the softmax pull-back's common term
-        grad_logit = online * (gg - shared)
+    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
+    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, dtype)
+    qg, go, gg, out, online = (blocks.tokens(x, dtype) for x in (q, grad_out, grad_online, saved_out, saved_online))
+    sg = blocks.memories(states, dtype)
+    grad_q, grad_states = torch.zeros_like(qg), torch.zeros_like(sg)
+    gates_of.begin_backward(go, out, gg, online)
     for segments, tokens, visible in blocks.queries():
         if visible == 0:
             continue
-        gates, _, choice = _gates(blocks, function, ug, zg, logit, birth, first, segments, tokens, visible)
+        gates, _, choice = gates_of.block(segments, tokens, visible)
         grad_gates = torch.empty_like(gates)
         for read in blocks.reads(visible):
-            size = read.stop - read.start
             back = torch.einsum("gtv,gskv->gtsk", go[:, tokens], sg[:, read])
             grad_gates[..., read] = torch.einsum("gtsk,gtk->gts", back, qg[:, tokens])
             grad_q[:, tokens] += torch.einsum("gts,gtsk->gtk", gates[..., read], back)
             mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
-            grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).unflatten(1, (size, blocks.key_dim))
-        if shared is None:
-            grad_logits = grad_gates * gates * (1 - gates)
-        else:
-            grad_logits = gates * (grad_gates - shared[:, tokens, None])
-        if choice is not None:
-            spread = grad_logits.new_zeros(*grad_logits.shape, zg.shape[2])
-            grad_logits = spread.scatter_(-1, choice[..., None], grad_logits[..., None])
-        grad_logits = grad_logits.reshape(*grad_logits.shape[:2], -1)  # [G, T, V * m]
-        grad_u[:, tokens] = grad_logits @ zg[:, :visible].flatten(1, 2)
-        grad_z = grad_logits.transpose(-1, -2) @ ug[:, tokens]
-        grad_summaries[:, :visible] += grad_z.view(blocks.groups, visible, *zg.shape[2:])
+            grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).view_as(sg[:, read])
+        gates_of.block_backward(tokens, gates, choice, grad_gates)
+    grad_u, grad_summaries, grad_logit = gates_of.gradients(u, summaries, online_logit)
     return (
         blocks.untokens(grad_q, q.dtype),
-        blocks.untokens(grad_u, u.dtype),
+        grad_u,
         blocks.unmemories(grad_states, states.dtype),
-        blocks.unmemories(grad_summaries, summaries.dtype),
-        blocks.untokens(grad_logit, online_logit.dtype),
+        grad_summaries,
+        grad_logit,
     )
 
 

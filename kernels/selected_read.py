@@ -59,7 +59,7 @@ def segment_route(
     return segment_route_op(u.detach(), summaries.detach(), birth, first, top_k)
 
 
-class _Tiles:
+class Tiles:
     """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory."""
 
     def __init__(self, index: torch.Tensor, num_memories: int) -> None:
@@ -105,7 +105,7 @@ def selected_read_torch(
     q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
 ) -> torch.Tensor:
     """See `selected_read`."""
-    dtype, tiles = compute_dtype(q), _Tiles(index, states.shape[1])
+    dtype, tiles = compute_dtype(q), Tiles(index, states.shape[1])
     flat = states.to(dtype).flatten(0, 2)
     answers = tiles.scatter(tiles.gather(q.to(dtype).flatten(0, 3)) @ flat[tiles.memory])
     out = (weights.to(dtype).flatten(0, 3)[:, None] @ answers).squeeze(1)
@@ -116,7 +116,7 @@ def selected_read_backward_torch(
     grad_out: torch.Tensor, q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, weights and states."""
-    dtype, tiles = compute_dtype(q), _Tiles(index, states.shape[1])
+    dtype, tiles = compute_dtype(q), Tiles(index, states.shape[1])
     flat = states.to(dtype).flatten(0, 2)
     chosen = flat[tiles.memory]
     flat_q, flat_w = q.to(dtype).flatten(0, 3), weights.to(dtype).flatten(0, 3)
