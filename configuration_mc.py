@@ -208,14 +208,14 @@ class MCConfig(PreTrainedConfig):
             self._refuse("conv_kernel_size", "an integer >= 0 (0 = no convolution)")
         if self.rms_norm_eps <= 0:
             self._refuse("rms_norm_eps", "a number > 0")
-        if self.max_cached_segments is not None:
-            self._refuse("max_cached_segments", "None (a bounded cache is planned, and not part of this version yet)")
 
     def _check_combinations(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):
             self._refuse("layer_types", f"num_hidden_layers={self.num_hidden_layers} entries out of {LAYER_TYPES}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             self._refuse("sliding_window", "an integer >= 1 when layer_types has 'sliding_attention'")
+        if self.max_cached_segments is not None and self.segmentation == "logarithmic":
+            self._refuse("max_cached_segments", "None with segmentation='logarithmic', which bounds its cache itself")
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
         if self.segment_size % self.summaries_per_segment:

@@ -176,6 +176,27 @@ class Aggregation:
             past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept.all(), q[:, None]))
         return past + online_gate[..., None] * answer
 
+    def past_gates(
+        self,
+        u: torch.Tensor | None,
+        online_logit: torch.Tensor | None,
+        summaries: torch.Tensor | None,
+        visible: torch.Tensor,
+    ) -> torch.Tensor:
+        """The gates `[B, T, H, S]` (or `[B, 1, 1, S]` if all tokens agree) of S past memories per row, 0 = not read.
+
+        Args:
+            u: `[B, T, H, du]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool.
+        """
+        if not self.uses_gates:
+            return visible[:, None, None].float()
+        logits = torch.einsum("bthd,bshmd->bthsm", u.to(summaries.dtype), summaries).amax(-1)
+        logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
+        if self.kind == "ssc":
+            best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+            logits = torch.full_like(logits, float("-inf")).scatter(-1, best.indices, best.values)
+        return self._gates(logits, online_logit)[0]
+
     @staticmethod
     def _mixed_parameters(gates: torch.Tensor, states: State, online_gate: torch.Tensor, online: State) -> State:
         """Eq. 15 letter by letter: one set of parameters per row, from gates `[B, H, S]` and `[B, H]`."""

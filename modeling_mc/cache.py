@@ -187,7 +187,7 @@ class MCCacheLayer(CacheLayerMixin):
         frozen = old.is_inference() and not torch.is_inference_mode_enabled()
         return not (new.requires_grad or old.requires_grad or frozen or self.snapshot is not None)
 
-    def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool) -> None:
+    def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
         """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
         for name, stack in self.tensors.items():
             missing = size - stack.shape[1] if name.startswith(prefixes) else 0
@@ -283,8 +283,8 @@ class MCCacheLayer(CacheLayerMixin):
         known = sum(entry.hidden_states.shape[1] for entry in recorded)
         if remove > known:
             raise RuntimeError(
-                f"cannot remove {remove} tokens from the cache: {known} are recorded. Call `activate_past_recording()` "
-                "on the cache before the forward whose tokens are to be removed"
+                f"cannot remove {remove} tokens from the cache, {known} are recorded: call "
+                "`activate_past_recording()` before the forward whose tokens are to be removed"
             )
         self.recorded, self.snapshot = [], None
         if not remove:

@@ -11,8 +11,10 @@ from ..configuration_mc import MCConfig
 from ..kernels.common import compute_dtype
 from .aggregation import Aggregation, Summary
 from .cache import MCCacheLayer
+from .fenwick import FenwickHistory
 from .history import History, Level
-from .memories import MEMORIES
+from .least_read import LeastReadHistory
+from .memories import MEMORIES, Memory
 from .segments import SegmentTable
 
 
@@ -47,6 +49,16 @@ class Projected:
         return Projected(q, k, v, u, source, {name: gate[:, time] for name, gate in self.gates.items()})
 
 
+def make_history(config: MCConfig, memory: Memory, carry: bool) -> History:
+    """What keeps the finished segments of a layer: by segmentation, and by who leaves a bounded cache."""
+    if config.aggregation == "none":
+        return History(config, memory, carry)
+    if config.segmentation == "logarithmic":
+        return FenwickHistory(config, memory, carry)
+    bounded = config.max_cached_segments is not None and config.cache_eviction == "least_read"
+    return (LeastReadHistory if bounded else History)(config, memory, carry)
+
+
 class MCMixer(nn.Module):
     """The sequence mixer of a memory layer.
 
@@ -62,7 +74,7 @@ class MCMixer(nn.Module):
         self.aggregation = Aggregation(config, self.memory)
         self.summary = Summary(config.segment_size, config.summaries_per_segment)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
-        self.history = History(config, self.memory, self.carry)
+        self.history = make_history(config, self.memory, self.carry)
         width, keys, values = config.hidden_size, self.num_heads * self.key_dim, self.num_heads * self.value_dim
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
@@ -137,8 +149,13 @@ class MCMixer(nn.Module):
                 online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
                 logit = online if logit is None else logit
             levels.append(Level(coarse, written.ends, sums))
-        caches = self.history.caches(levels, before)
         q, u = table.to_grid(parts.q), None if parts.u is None else table.to_grid(parts.u)
+
+        def gates_of(segment: int, summaries: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
+            tokens = (None, None) if u is None else (u[:, segment], logit[:, segment])
+            return self.aggregation.past_gates(*tokens, summaries, visible)
+
+        caches = self.history.caches(levels, before, gates_of)
         out = self.aggregation.mix(q, u, trace, logit, caches)
         if layer is not None:
             self.history.leave(levels, caches, layer)
@@ -177,7 +194,11 @@ class MCMixer(nn.Module):
         online = tuple(s[:, 0] for s in states)
         q = parts.q.to(online[0].dtype)
         out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible)
-        self.history.push(layer, states, sums, real)
+        gates = None
+        if self.history.needs_gates:
+            tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
+            gates = self.aggregation.past_gates(*tokens, summaries, visible)[:, 0]
+        self.history.push(layer, states, sums, real, gates)
         return out.to(parts.q.dtype)
 
     def _summarise(self, parts: Projected, layer: MCCacheLayer, levels: int) -> tuple[torch.Tensor, torch.Tensor]:

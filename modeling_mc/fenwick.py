@@ -1,0 +1,73 @@
+# Copyright 2026 the mc-transformers authors.
+"""Logarithmic segmentation: the finished segments of every prefix, grouped as a Fenwick tree groups them.
+
+A token that has s finished segments behind it reads, for every bit l that is set in s, the last finished segment of
+level l, which is 2^l * segment_size tokens long: 37 segments are read as 32 + 4 + 1, largest first. So one slot per
+level is enough, and one running memory per level, the highest of which has not finished a segment yet.
+"""
+
+import torch
+
+from .cache import Kept, MCCacheLayer
+from .history import NEVER, Caches, GatesOf, History, Level, rows_where
+
+
+class FenwickHistory(History):
+    """Slot l holds the last finished segment of level l."""
+
+    def num_levels(self, num_tokens: int, running: bool) -> int:
+        finished = (num_tokens if running else num_tokens - 1) // self.segment_size
+        return max(1, finished.bit_length() + running)
+
+    def num_slots(self, num_tokens: int) -> int:
+        return self.num_levels(num_tokens, True)
+
+    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_of: GatesOf) -> Caches:
+        """One row of L level slots (and one that nobody reads) per grid segment: `[R * N, L + 1, H, ...]`."""
+        table, num = levels[0].table, len(levels)
+        rank = torch.arange(table.num_segments, device=table.first.device)
+        row = torch.arange(len(table.position), device=rank.device)[:, None]
+        finished = table.finished_before[:, None] + rank - table.first  # [R, N] segments before, of the same sequence
+        kept = [] if layer is None else [*Kept(layer, row.device).all(), layer.tensors.get("summaries")]
+        slots: list[list[torch.Tensor]] = []
+        for bit, level in enumerate(levels):
+            first = table.first_of_level(level.table)
+            # the last finished segment of this level, counted in this level's grid; -1: it is from before
+            index = (finished >> bit) - 1 - level.table.finished_before[:, None]
+            local = (first + index.clamp(min=0)).clamp(max=level.table.num_segments - 1)
+            parts = list(level.ends[: self.memory.num_read])
+            if level.sums is not None:
+                parts.append(self.mean(level.sums, bit))
+            parts = [part[row, local] for part in parts]  # [R, N, H, ...]
+            if kept:
+                parts = [rows_where(index < 0, old[:, None, bit], new) for old, new in zip(kept, parts, strict=False)]
+            slots.append(parts)
+        columns = zip(*slots, strict=True)
+        stacked = [torch.stack([*column, torch.zeros_like(column[0])], 2).flatten(0, 1) for column in columns]
+        bits = torch.arange(num, device=rank.device)
+        birth = torch.where((finished[..., None] >> bits) & 1 == 1, 0, NEVER).flatten(0, 1)
+        birth = torch.nn.functional.pad(birth, (0, 1), value=NEVER)
+        summaries = stacked.pop() if levels[0].sums is not None else None
+        return Caches(tuple(stacked), summaries, birth, torch.zeros_like(birth[:, :1]))
+
+    def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
+        kept = [*Kept(layer, row.device).all(), layer.tensors.get("summaries")] if layer.group("kept") else []
+        finished: list[list[torch.Tensor]] = []
+        for bit, level in enumerate(levels):
+            new = level.table.running_index() - 1  # last segment of this level that this grid has finished
+            parts = [end[row, new.clamp(min=0)] for end in level.ends[: self.memory.num_read]]
+            if level.sums is not None:
+                parts.append(self.mean(level.sums[row, new.clamp(min=0)], bit))
+            if kept:
+                parts = [rows_where(new < 0, old[:, bit], part) for old, part in zip(kept, parts, strict=False)]
+            finished.append(parts)
+        for name, parts in zip(self._names(), zip(*finished, strict=True), strict=False):
+            layer.put(name, torch.stack(parts, 1))
+
+    def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
+        return (layer.position // self.segment_size)[:, None] >> slot & 1 == 1
+
+    def _push_finished(self, layer: MCCacheLayer, done, full: torch.Tensor, real: torch.Tensor, gates) -> None:
+        for name, value in done:
+            for bit in range(value.shape[1]):
+                layer.store(name, value[:, bit], torch.full_like(layer.position, bit), full[:, bit])
