@@ -1,0 +1,271 @@
+"""The same tokens give the same logits however they arrive: in pieces, padded, with holes, packed, or in a batch."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DataCollatorWithFlattening
+
+from helpers import (
+    MEMORY_NAMES,
+    VOCAB,
+    assert_close,
+    build,
+    combinations,
+    family,
+    name_of,
+    ready,
+    small_config,
+    tokens,
+)
+from mc_transformers import MCCache, MCModel
+
+
+SIZE = 4
+SEGMENTS = {"segment_size": SIZE, "memory_chunk_size": 2}
+# every memory once per way that its states are kept and read
+KINDS = family(aggregation=["none", "grm", "ssc"])
+HYBRIDS = {
+    "full": ["memory_caching", "full_attention"],
+    "sliding": ["sliding_attention", "memory_caching"],
+}
+
+
+def plain(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of one row, in one pass, without cache or mask."""
+    with torch.no_grad():
+        return model(ids[None], use_cache=False).logits[0]
+
+
+def in_pieces(model, ids: torch.Tensor, borders: Sequence[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a batch that is fed through one cache, piece by piece."""
+    cache, out = MCCache(config=model.config), []
+    with torch.no_grad():
+        for start, stop in zip([0, *borders], [*borders, ids.shape[1]], strict=True):
+            covered = None if mask is None else mask[:, :stop]
+            out.append(model(ids[:, start:stop], attention_mask=covered, past_key_values=cache).logits)
+    return torch.cat(out, 1)
+
+
+def padded(rows: list[torch.Tensor], masks: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens laid out by masks; what is masked is an ordinary token, as a mistake with zeros would hide."""
+    mask = torch.tensor(masks)
+    ids = tokens(*mask.shape, seed=7)
+    for row, (real, where) in enumerate(zip(rows, mask.bool(), strict=True)):
+        ids[row, where] = real
+    return ids, mask
+
+
+def check_rows(model, rows: list[torch.Tensor], logits: torch.Tensor, mask: torch.Tensor) -> None:
+    for row, real in enumerate(rows):
+        assert_close(logits[row, mask[row].bool()], plain(model, real), 1e-4, f"row {row}")
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=name_of)
+def model(request):
+    return build(small_config(**request.param, **SEGMENTS, num_hidden_layers=2))
+
+
+@pytest.mark.parametrize("borders", [[SIZE], [1, 2, 3], [2, 3, 11, 12], [7, 9, 16]], ids=str)
+def test_pieces(model, borders):
+    ids = tokens(2, 19)
+    logits = in_pieces(model, ids, borders)
+    for row in range(2):
+        assert_close(logits[row], plain(model, ids[row]), 1e-4)
+
+
+LEFT_RIGHT_HOLES = [
+    [0] * 5 + [1] * 14,
+    [1] * 13 + [0] * 6,
+    [1] * 3 + [0] * 5 + [1, 0] * 4 + [1] * 3,
+    [1] * 19,
+]
+
+
+def test_padding_and_batch(model):
+    """Left and right padding, holes, a full row: every row as alone."""
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(LEFT_RIGHT_HOLES)]
+    ids, mask = padded(rows, LEFT_RIGHT_HOLES)
+    with torch.no_grad():
+        check_rows(model, rows, model(ids, attention_mask=mask, use_cache=False).logits, mask)
+        check_rows(model, rows, model(ids, attention_mask=mask.bool(), use_cache=True).logits, mask)
+
+
+@pytest.mark.parametrize("borders", [[4, 8, 9, 15], [12], range(1, 19)], ids=str)
+def test_padding_in_pieces(model, borders):
+    """Rows at different positions in their segments, some pieces all padding."""
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(LEFT_RIGHT_HOLES)]
+    ids, mask = padded(rows, LEFT_RIGHT_HOLES)
+    check_rows(model, rows, in_pieces(model, ids, borders, mask), mask)
+
+
+LENGTHS = [5, SIZE, 1, 2 * SIZE + 1, 2, 3 * SIZE]
+
+
+@pytest.mark.parametrize("borders_as", ["cu_seq_lens_q", "seq_idx"])
+def test_packed_documents(model, borders_as):
+    documents = [tokens(length, seed=length) for length in LENGTHS]
+    features = [{"input_ids": document.tolist()} for document in documents]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
+    ids, labels = batch["input_ids"], batch["labels"]
+    with torch.no_grad():
+        out = model(ids, labels=labels, **{borders_as: batch[borders_as]})
+        alone = [model(document[None], labels=document[None]) for document in documents]
+    for logits, single in zip(out.logits[0].split(LENGTHS), alone, strict=True):
+        assert_close(logits, single.logits[0], 1e-4)
+    total = sum(x.loss * (n - 1) for x, n in zip(alone, LENGTHS, strict=True) if n > 1)
+    assert_close(out.loss, total / (sum(LENGTHS) - len(LENGTHS)), 1e-5)
+
+
+def test_packed_batch_with_position_ids(model):
+    """All that the collator returns at once, as the Trainer passes it."""
+    documents = [tokens(length, seed=length) for length in LENGTHS]
+    features = [{"input_ids": document.tolist()} for document in documents]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
+    with torch.no_grad():
+        out = model(**batch)
+    for logits, document in zip(out.logits[0].split(LENGTHS), documents, strict=True):
+        assert_close(logits, plain(model, document), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_mask_dtypes(dtype):
+    model = build(small_config(**SEGMENTS))
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(LEFT_RIGHT_HOLES)]
+    ids, mask = padded(rows, LEFT_RIGHT_HOLES)
+    with torch.no_grad():
+        check_rows(model, rows, model(ids, attention_mask=mask.to(dtype)).logits, mask)
+
+
+def test_nan_at_padding_does_not_leak(model):
+    """Values and gradients."""
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(LEFT_RIGHT_HOLES)]
+    ids, mask = padded(rows, LEFT_RIGHT_HOLES)
+    embeds = model.get_input_embeddings()(ids).detach()
+    embeds[mask == 0] = torch.nan
+    embeds.requires_grad_()
+    mixer = model.model.layers[0].mixer
+    normed = model.model.layers[0].input_layernorm(embeds)
+    table = model.model._segment_table(embeds, mask, None, {})
+    out = mixer(normed, table)
+    assert out.isfinite().all() and (out[mask == 0] == 0).all()
+    (gradient,) = torch.autograd.grad(out.square().sum(), embeds)
+    assert gradient[mask == 1].isfinite().all()
+    with torch.no_grad():
+        check_rows(model, rows, model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits, mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- hybrids
+@pytest.fixture(scope="module", params=HYBRIDS)
+def hybrid(request):
+    layer_types = HYBRIDS[request.param]
+    return build(
+        small_config(**SEGMENTS, num_hidden_layers=2, layer_types=layer_types, sliding_window=5, num_key_value_heads=1)
+    )
+
+
+def test_hybrid_padding_and_batch(hybrid):
+    masks = [x for x in LEFT_RIGHT_HOLES if x != LEFT_RIGHT_HOLES[2]]  # attention counts positions, holes and all
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(masks)]
+    ids, mask = padded(rows, masks)
+    with torch.no_grad():
+        check_rows(hybrid, rows, hybrid(ids, attention_mask=mask, use_cache=False).logits, mask)
+    check_rows(hybrid, rows, in_pieces(hybrid, ids, [4, 9, 10], mask), mask)
+
+
+@pytest.mark.parametrize("borders", [[7, 9, 16], range(1, 19)], ids=str)
+def test_hybrid_pieces(hybrid, borders):
+    ids = tokens(1, 19)
+    assert_close(in_pieces(hybrid, ids, borders)[0], plain(hybrid, ids[0]), 1e-4)
+
+
+def test_hybrid_packed_documents(hybrid):
+    documents = [tokens(length, seed=length) for length in LENGTHS]
+    features = [{"input_ids": document.tolist()} for document in documents]
+    batch = DataCollatorWithFlattening(return_seq_idx=True)(features)
+    with torch.no_grad():
+        out = hybrid(**batch, use_cache=False)
+    for logits, document in zip(out.logits[0].split(LENGTHS), documents, strict=True):
+        assert_close(logits, plain(hybrid, document), 1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------- causality
+READS_ALL = {"num_selected_segments": 4}  # else a segment that "ssc" does not choose changes nothing, rightly
+
+
+@pytest.mark.parametrize("fields", family(), ids=name_of)
+def test_a_token_changes_nothing_before_it(fields):
+    """And it does change what comes after, up to the last token."""
+    model = build(small_config(**fields, **SEGMENTS | READS_ALL), dtype=torch.float64)
+    ids = tokens(1, 4 * SIZE + 3)
+    before = plain(model, ids[0])
+    for time in (0, SIZE - 1, SIZE, 2 * SIZE + 2, 4 * SIZE + 1):
+        changed = ids.clone()
+        changed[0, time] = (changed[0, time] + 1) % VOCAB
+        after = plain(model, changed[0])
+        assert torch.equal(after[:time], before[:time])
+        assert not torch.allclose(after[time], before[time], rtol=1e-3)
+        assert not torch.equal(after[-1], before[-1])
+
+
+@pytest.mark.parametrize("fields", family(aggregation=["grm", "ssc"]), ids=name_of)
+def test_gradients_are_causal(fields):
+    model = build(small_config(**fields, **SEGMENTS | READS_ALL), cls=MCModel)
+    embeds = model.embed_tokens(tokens(1, 4 * SIZE)).detach().requires_grad_()
+    time = 3 * SIZE + 1
+    out = model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, time]
+    (gradient,) = torch.autograd.grad(out.sum(), embeds)
+    assert (gradient[0, time + 1 :] == 0).all()
+    assert (gradient[0, : time + 1].abs().amax(-1) > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------- anything at random
+CONFIGS = {
+    "memory": st.sampled_from(MEMORY_NAMES),
+    "aggregation": st.sampled_from(ready("aggregation")),
+    "state_init": st.sampled_from(ready("state_init")),
+    "segmentation": st.sampled_from(ready("segmentation")),
+    "gate_source": st.sampled_from(ready("gate_source")),
+    "gate_function": st.sampled_from(ready("gate_function")),
+    "segment_summary": st.sampled_from(ready("segment_summary")),
+    "num_selected_segments": st.integers(1, 4),
+    "conv_kernel_size": st.integers(0, 4),
+    "num_attention_heads": st.sampled_from([1, 2, 3]),
+    "qk_norm": st.booleans(),
+    "use_output_gate": st.booleans(),
+}
+
+
+@st.composite
+def cases(draw):
+    """A config that is not refused, rows of any length padded anywhere, and a way to cut them into pieces."""
+    fields = {name: draw(strategy) for name, strategy in CONFIGS.items()}
+    chunk = draw(st.sampled_from([1, 2, 4]))
+    fields |= {"memory_chunk_size": chunk, "segment_size": chunk * draw(st.integers(1, 4))}
+    fields["summaries_per_segment"] = draw(st.sampled_from([m for m in (1, 2, 4) if fields["segment_size"] % m == 0]))
+    if not combinations(**{name: [value] for name, value in fields.items()}):
+        fields |= {"aggregation": "grm", "gate_source": "projection", "segment_summary": "keys"}
+    length = draw(st.integers(1, 26))
+    masks = draw(st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=1, max_size=3))
+    borders = draw(st.sets(st.integers(1, length - 1))) if length > 1 else set()
+    return fields, masks, sorted(borders)
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_anything(case):
+    fields, masks, borders = case
+    model = build(small_config(**fields))
+    rows = [tokens(sum(mask), seed=row) for row, mask in enumerate(masks)]
+    ids, mask = padded(rows, masks)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+    pieces = in_pieces(model, ids, borders, mask)
+    assert whole.isfinite().all() and pieces.isfinite().all()
+    for row, real in enumerate(rows):
+        if len(real):
+            expected = plain(model, real)
+            assert_close(whole[row, mask[row].bool()], expected, 1e-4, "in one pass")
+            assert_close(pieces[row, mask[row].bool()], expected, 1e-4, "in pieces")
