@@ -11,7 +11,8 @@ from transformers import (
 )
 
 from .configuration_mc import MCConfig
-from .modeling_mc.cache import MCCache, MCCacheLayer
+from .modeling_mc.cache import MCCacheLayer
+from .modeling_mc.mc_cache import MCCache
 from .modeling_mc.model import (
     MC_LORA_TARGETS,
     MCForCausalLM,

@@ -5,15 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
 from .memories import State
-
-
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 def memory_caching_mask(
@@ -361,51 +358,3 @@ class MCStaticCacheLayer(MCCacheLayer):
 
 
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = MCStaticCacheLayer
-
-
-class MCCache(DynamicCache):
-    """A `DynamicCache` of this family with the numbers that people want to know of a memory.
-
-    Args:
-        config: the model's config.
-        offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
-            device, and "ssc" fetches just the chosen states.
-        state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
-            (one scale per row of a state). Anything but None is an approximation.
-
-    Raises:
-        ValueError: another `state_dtype`.
-
-    Example:
-        >>> cache = MCCache(config=model.config)
-        >>> model.generate(**inputs, past_key_values=cache)
-        >>> cache.num_segments, cache.nbytes
-    """
-
-    def __init__(
-        self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        if state_dtype not in STATE_DTYPES:
-            raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
-        for layer in self.memory_layers:
-            layer.kept_dtype = state_dtype
-            layer.kept_device = torch.device("cpu") if offload_segments else None
-
-    @property
-    def memory_layers(self) -> list[MCCacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, MCCacheLayer)]
-
-    @property
-    def num_segments(self) -> int:
-        """Finished segments kept per memory layer (of the longest row)."""
-        return max((layer.num_segments for layer in self.memory_layers), default=0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that the cache holds, attention layers' keys and values included."""
-        total = sum(layer.nbytes for layer in self.memory_layers)
-        for layer in self.layers:
-            if not isinstance(layer, MCCacheLayer):
-                total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
-        return total

@@ -81,7 +81,7 @@ class LeastReadHistory(History):
         device = known.device
         who = self._occupants(layer, rows, device)
         last = old + table.num_segments - 1
-        place = torch.arange(self.max_segments, device=device).clamp(max=last).expand(rows, -1)  # of each slot's memory
+        place = torch.arange(self.max_segments, device=device).clamp(max=last).expand(rows, -1)  # of the slot's memory
         row = torch.arange(rows, device=device)[:, None]
         places, visible = [], []
         for rank in range(table.num_segments):

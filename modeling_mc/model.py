@@ -1,6 +1,8 @@
 # Copyright 2026 the mc-transformers authors.
 """The Transformers model family: MCModel and its heads."""
 
+import weakref
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -22,7 +24,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
-from .cache import MCCache, memory_caching_mask
+from .cache import memory_caching_mask
+from .mc_cache import MCCache
 from .memories import MEMORIES, Memory
 from .mixer import MCMixer
 from .segments import SegmentTable
@@ -184,6 +187,8 @@ class MCModel(MCPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not is_packed:
             past_key_values = MCCache(config=self.config)
+        if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
+            past_key_values.filled_by = weakref.ref(self)
         if not is_packed and past_key_values is None:
             self._refuse_unmarked_packing(position_ids, attention_mask)
 

@@ -1,0 +1,195 @@
+# Copyright 2026 the mc-transformers authors.
+"""MCCache: the memory of a text, as users hold it in their hands."""
+
+import os
+import weakref
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from ..configuration_mc import LAYER_TYPE
+from .cache import Kept, MCCacheLayer
+from .memory_file import fingerprint, read, write
+
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+class MCCache(DynamicCache):
+    """A `DynamicCache` of this family with the numbers that people want to know of a memory.
+
+    Args:
+        config: the model's config.
+        offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
+            device, and "ssc" fetches just the chosen states.
+        state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
+            (one scale per row of a state). Anything but None is an approximation.
+
+    Raises:
+        ValueError: another `state_dtype`.
+
+    Example:
+        >>> cache = MCCache(config=model.config)
+        >>> model.generate(**inputs, past_key_values=cache)
+        >>> cache.num_segments, cache.nbytes
+    """
+
+    def __init__(
+        self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if state_dtype not in STATE_DTYPES:
+            raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
+        self.filled_by: weakref.ref | None = None  # the model, for the fingerprint of `save_pretrained`
+        for layer in self.memory_layers:
+            layer.kept_dtype = state_dtype
+            layer.kept_device = torch.device("cpu") if offload_segments else None
+
+    @property
+    def memory_layers(self) -> list[MCCacheLayer]:
+        return [layer for layer in self.layers if isinstance(layer, MCCacheLayer)]
+
+    @property
+    def num_segments(self) -> int:
+        """Finished segments kept per memory layer (of the longest row)."""
+        return max((layer.num_segments for layer in self.memory_layers), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the cache holds, attention layers' keys and values included."""
+        total = sum(layer.nbytes for layer in self.memory_layers)
+        for layer in self.layers:
+            if not isinstance(layer, MCCacheLayer):
+                total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+        return total
+
+    # -------------------------------------------------------------------------------------------------------- files
+    def save_pretrained(self, directory: str | os.PathLike, model: nn.Module | None = None) -> None:
+        """Write the whole memory to `directory`/memory.safetensors, with a fingerprint of the model that filled it.
+
+        Args:
+            model: the model that filled this cache; the one that last did is known.
+
+        Raises:
+            ValueError: nothing was read into the cache yet.
+        """
+        model = model if model is not None else self.filled_by and self.filled_by()
+        if model is None:
+            raise ValueError("an empty cache cannot be saved: run the model on a text first (or pass `model`)")
+        tensors, layers = {}, []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, MCCacheLayer):
+                parts = layer.tensors
+                about = {"signature": layer.signature, "num_tokens": int(layer.num_tokens)}
+            else:
+                parts = {"keys": layer.keys, "values": layer.values}
+                about = {"cumulative_length": int(getattr(layer, "cumulative_length", 0))}
+            tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
+            layers.append(about)
+        kept = {layer.kept_dtype for layer in self.memory_layers}
+        dtype = str(kept.pop()).removeprefix("torch.") if kept else "None"
+        base = getattr(model, model.base_model_prefix, model)
+        write(directory, tensors, {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprint(base)})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, **kwargs) -> "MCCache":
+        """The memory that `save_pretrained` wrote, on the devices of `model`.
+
+        Raises:
+            FileNotFoundError: no memory file there.
+            ValueError: the file is truncated, or was written by a model of another architecture or other weights.
+        """
+        tensors, meta = read(directory)
+        base = getattr(model, model.base_model_prefix, model)
+        if meta["fingerprint"] != fingerprint(base):
+            raise ValueError(
+                f"the memory in {str(directory)!r} was written by another model (other architecture or weights): "
+                "a memory can be read only by the model that wrote it"
+            )
+        dtype = None if meta["state_dtype"] == "None" else getattr(torch, meta["state_dtype"])
+        cache = cls(config=model.config, state_dtype=dtype, **kwargs)
+        for index, (layer, about) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
+            device = next(base.layers[index].parameters()).device
+            parts = {n.split(".", 1)[1]: t.to(device) for n, t in tensors.items() if n.split(".", 1)[0] == str(index)}
+            if isinstance(layer, MCCacheLayer):
+                kept = layer.kept_device or device
+                layer.tensors = {n: t.to(kept) if n.startswith(("kept.", "scale.")) else t for n, t in parts.items()}
+                layer.signature, layer.num_tokens = about["signature"], about["num_tokens"]
+                layer.lazy_initialization(parts["state.0"])
+            else:
+                layer.lazy_initialization(parts["keys"], parts["values"])
+                layer.keys, layer.values = parts["keys"], parts["values"]
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = about["cumulative_length"]
+        cache.filled_by = weakref.ref(base)
+        return cache
+
+    @classmethod
+    def cat(cls, caches: list["MCCache"], model: nn.Module) -> "MCCache":
+        """One memory of several documents that were read on their own, in this order.
+
+        Every segment of every document can be read afterwards, an unfinished last one too (as one more segment); the
+        text goes on after the last document. Exact for what the first layer keeps. Higher layers' memories are what
+        each document alone left behind: reading the documents one after the other would have let later ones see
+        earlier ones.
+
+        Args:
+            caches: of the same model, each a batch of one row.
+
+        Raises:
+            ValueError: not exactly one row each, or a model for which documents can't be put side by side: attention
+                layers, state_init="checkpoint", segmentation="logarithmic", aggregation="none", a bounded cache.
+        """
+        config = model.config
+        fits = config.state_init == "independent" and config.segmentation == "constant"
+        fits = fits and config.aggregation != "none" and config.max_cached_segments is None
+        if not fits or set(config.layer_types) != {LAYER_TYPE}:
+            raise ValueError(
+                "MCCache.cat needs memory_caching layers only, an aggregation other than 'none', "
+                "state_init='independent', segmentation='constant' and max_cached_segments=None"
+            )
+        if not caches or any(len(layer.position) != 1 for cache in caches for layer in cache.layers):
+            raise ValueError("MCCache.cat: `caches` must be one or more caches with a batch of one row each")
+        joined = cls(config=config)
+        for index, layer in enumerate(joined.layers):
+            parts = [cache.layers[index] for cache in caches]
+            for part in parts:
+                part.check(parts[0].signature, 1)
+            _join(layer, parts, config.segment_size, config.summaries_per_segment)
+        joined.filled_by = weakref.ref(getattr(model, model.base_model_prefix, model))
+        return joined
+
+
+def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], segment_size: int, num_blocks: int) -> None:
+    """Fill `layer` with the segments of `parts`, the unfinished ones of all but the last counted as finished."""
+    block = segment_size // num_blocks
+    rows: dict[str, list[torch.Tensor]] = {}
+    for number, part in enumerate(parts):
+        finished, rest = divmod(int(part.position), segment_size)
+        states = Kept(part, part.position.device).all()
+        found = {f"kept.{i}": state[:, :finished] for i, state in enumerate(states)}
+        if "summaries" in part.tensors:
+            found["summaries"] = part.tensors["summaries"][:, :finished]
+        if rest and number < len(parts) - 1:
+            begin = torch.arange(num_blocks, device=part.position.device) * block
+            count = (rest - begin).clamp(1, block).view(-1, 1)
+            for i in range(len(states)):
+                found[f"kept.{i}"] = torch.cat([found[f"kept.{i}"], part.tensors[f"state.{i}"]], 1)
+            if "summaries" in found:
+                mean = part.tensors["sums"] / count
+                # a sub-block without a token repeats the first one, so that it never wins the segment's score
+                mean = torch.where((rest > begin).view(-1, 1), mean, mean[..., :1, :])
+                found["summaries"] = torch.cat([found["summaries"], mean], 1)
+        for name, tensor in found.items():
+            rows.setdefault(name, []).append(tensor)
+    last = parts[-1]
+    layer.signature = last.signature
+    layer.tensors = dict(last.tensors)
+    for name, tensors in rows.items():
+        layer.put(name, torch.cat([*tensors, torch.zeros_like(last.tensors[name][:, :1])], 1))
+    finished = layer.tensors["kept.0"].shape[1] - 1
+    position = finished * segment_size + int(last.position) % segment_size
+    layer.put("position", torch.full_like(last.position, position))
+    layer.lazy_initialization(last.tensors["state.0"])
+    layer.num_tokens = position
