@@ -16,6 +16,7 @@ CHOICES = {
     "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
     "segmentation": ("constant", "logarithmic"),
     "state_init": ("independent", "checkpoint"),
+    "vector_read": ("multiply", "add"),
     "gate_source": ("projection", "query"),
     "gate_function": ("softmax", "sigmoid"),
     "segment_summary": ("keys", "hidden"),
@@ -23,9 +24,9 @@ CHOICES = {
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
 DEEP_MEMORIES = ("dla", "titans")
+VECTOR_MEMORIES = ("lstm", "gru")
 # values that are part of the design but that this version does not implement yet
 NOT_YET = {
-    "memory": ("dla", "titans", "lstm", "gru"),
     "mc_backend": ("triton",),
 }
 POSITIVE = (
@@ -96,7 +97,10 @@ class MCConfig(PreTrainedConfig):
         summaries_per_segment (`int`): m > 1: one mean per sub-block of a segment, its score is the largest.
         memory_chunk_size (`int`): inner chunk of deep memories, the same in training and decoding.
         memory_expansion (`int`): hidden width of a deep memory / head_dim.
+        memory_decay (`bool`): a learned decay of "dla" memories (which eq. 30 does not have).
         memory_head_norm (`bool`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
+        vector_read (`str`): how a vector memory ("lstm", "gru") is read: "multiply" (q * h, eq. 18-20) or "add"
+            (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)).
         allow_negative_eigenvalues (`bool`): write strengths of "gated_delta" in [0, 2] and not in [0, 1].
         conv_kernel_size (`int`): width of the causal depthwise convolution (with SiLU) on q, k and v; 0 = none.
         qk_norm (`bool`): L2 norm of queries and keys.
@@ -167,7 +171,9 @@ class MCConfig(PreTrainedConfig):
     summaries_per_segment: int = 1
     memory_chunk_size: int = 16
     memory_expansion: int = 4
+    memory_decay: bool = False
     memory_head_norm: bool = True
+    vector_read: str = "multiply"
     allow_negative_eigenvalues: bool = False
     conv_kernel_size: int = 4
     qk_norm: bool = True
@@ -220,11 +226,12 @@ class MCConfig(PreTrainedConfig):
             self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
         if self.segment_size % self.summaries_per_segment:
             self._refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
-        if self.memory in DEEP_MEMORIES:
-            if self.segment_size % self.memory_chunk_size:
-                self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
-            if self.value_head_dim not in (None, self.head_dim):
-                self._refuse("value_head_dim", f"head_dim={self.head_dim} (or None) with memory={self.memory!r}")
+        if self.memory in DEEP_MEMORIES and self.segment_size % self.memory_chunk_size:
+            self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
+        if self.memory in DEEP_MEMORIES + VECTOR_MEMORIES and self.value_head_dim not in (None, self.head_dim):
+            self._refuse("value_head_dim", f"head_dim={self.head_dim} (or None) with memory={self.memory!r}")
+        if self.vector_read != "multiply" and self.memory not in VECTOR_MEMORIES:
+            self._refuse("vector_read", f"'multiply' with memory={self.memory!r}")
         if self.allow_negative_eigenvalues and self.memory != "gated_delta":
             self._refuse("allow_negative_eigenvalues", f"False with memory={self.memory!r}")
         if self.segment_summary == "hidden":

@@ -2,11 +2,15 @@
 """The base memories by name. A new one costs its file and one line here."""
 
 from .base import Memory, State, Trace
+from .dla import DLAMemory
 from .gated_delta import GatedDeltaMemory
 from .gated_linear import GatedLinearMemory
+from .gru import GRUMemory
 from .linear import LinearMemory
+from .lstm import LSTMMemory
 from .retention import RetentionMemory
 from .swla import SWLAMemory
+from .titans import TitansMemory
 
 
 MEMORIES: dict[str, type[Memory]] = {
@@ -15,6 +19,10 @@ MEMORIES: dict[str, type[Memory]] = {
     "gated_linear": GatedLinearMemory,
     "swla": SWLAMemory,
     "gated_delta": GatedDeltaMemory,
+    "lstm": LSTMMemory,
+    "gru": GRUMemory,
+    "dla": DLAMemory,
+    "titans": TitansMemory,
 }
 
 __all__ = ["MEMORIES", "Memory", "State", "Trace"]
