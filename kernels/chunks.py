@@ -94,23 +94,26 @@ class Chunks:
         return after, grad[:, :, 0]
 
 
-class Decay:
-    """Decay products inside sub-chunks, from log a `[R, H, M, C]`, or None for a = 1.
+def decay_matrix(log_decay: torch.Tensor) -> torch.Tensor:
+    """`D[t, i] = prod_{i < j <= t} a_j` for i <= t, else 0, `[..., C, C]` from log a `[..., C]`.
 
-    `matrix[t, i] = prod_{i < j <= t} a_j` for i <= t, else 0: a masked cumulative sum of logs and never a difference
-    of two sums, so that a decay of exactly 0 is allowed.
+    A masked cumulative sum of logs and never a difference of two sums, so that a decay of exactly 0 is allowed.
     """
+    size = log_decay.shape[-1]
+    mask = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
+    terms = log_decay[..., :, None].expand(*log_decay.shape, size).masked_fill(~mask.tril(-1), 0.0)
+    return terms.cumsum(-2).exp().masked_fill(~mask.tril(), 0.0)
+
+
+class Decay:
+    """Decay products inside sub-chunks, from log a `[R, H, M, C]`, or None for a = 1."""
 
     def __init__(self, log_decay: torch.Tensor | None, example: torch.Tensor) -> None:
-        size = example.shape[-2]
-        mask = torch.ones(size, size, dtype=torch.bool, device=example.device).tril()
         self.given = log_decay is not None
-        if not self.given:
-            self.matrix = mask.to(example.dtype)
-            return
-        terms = log_decay[..., :, None].expand(*log_decay.shape, size).masked_fill(~mask.tril(-1), 0.0)
-        self.matrix = terms.cumsum(-2).exp().masked_fill(~mask, 0.0)
-        self.from_start = log_decay.cumsum(-1).exp()
+        if self.given:
+            self.matrix, self.from_start = decay_matrix(log_decay), log_decay.cumsum(-1).exp()
+        else:
+            self.matrix = example.new_ones(example.shape[-2], example.shape[-2]).tril()
 
     def since_start(self, x: torch.Tensor) -> torch.Tensor:
         """x `[R, H, M, C, d]`, slot t times prod_{j <= t} a_j."""

@@ -74,7 +74,8 @@ class Aggregation:
         self.kind, self.function = config.aggregation, config.gate_function
         self.top_k, self.memory = config.num_selected_segments, memory
         self.uses_cache = self.kind != "none"
-        self.uses_gates = self.kind in ("grm", "soup", "ssc")
+        # a memory with gates of its own needs ours only to choose
+        self.uses_gates = self.kind == "ssc" or (self.kind in ("grm", "soup") and not memory.own_gates)
 
     # -------------------------------------------------------------------------------------------------- whole grid
     def mix(
@@ -91,6 +92,7 @@ class Aggregation:
         """
         if not self.uses_cache:
             return trace.online
+        q = trace.online if self.memory.own_gates else q
         rows, grid = (len(caches.first), caches.first.shape[1]), q.shape[:2]
 
         def fold(x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +135,8 @@ class Aggregation:
 
     def _gates(self, logits: torch.Tensor, online_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`."""
+        if self.memory.own_gates:
+            return (logits > float("-inf")).to(logits.dtype), torch.ones_like(online_logit)
         if self.function == "sigmoid":
             return logits.sigmoid(), online_logit.sigmoid()
         gates = torch.cat([logits, online_logit[..., None]], -1).softmax(-1)
@@ -159,21 +163,22 @@ class Aggregation:
         answer = memory.read(online[: memory.num_read], q)
         if not self.uses_cache:
             return answer
+        q = answer if memory.own_gates else q
         if not self.uses_gates:
             weight = visible.to(answer.dtype)
-            past = torch.einsum("bs,bshv->bhv", weight, memory.read(kept.all(), q[:, None]))
+            past = torch.einsum("bs,bshv->bhv", weight, memory.read_cached(kept.all(), q[:, None]))
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
         logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), summaries.to(answer.dtype)).amax(-1)
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
         if self.kind == "ssc":
             best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
             gates, online_gate = self._gates(best.values, online_logit)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept.chosen(best.indices), q[:, None]))
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.chosen(best.indices), q[:, None]))
         else:
             gates, online_gate = self._gates(logits, online_logit)
             if self.kind == "soup":
                 return memory.read(self._mixed_parameters(gates, kept.all(), online_gate, online), q)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read(kept.all(), q[:, None]))
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.all(), q[:, None]))
         return past + online_gate[..., None] * answer
 
     def past_gates(

@@ -43,6 +43,8 @@ class Memory(nn.Module):
         num_maps: linear maps that a read applies one after the other, each held by one of the leading tensors as
             `[..., d_in, d_out]`. With one map Memory Soup is GRM; with more, the next two methods connect them.
         gate_bias: start value of each gate's bias.
+        own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
+            the chosen ones, and reads them with the online answer in the place of the query.
         fp32_parameters: names of the memory's own parameters that stay in fp32 in a half-precision model.
     """
 
@@ -51,6 +53,7 @@ class Memory(nn.Module):
     fp32_parameters: tuple[str, ...] = ()
     num_read = 1
     num_maps = 1
+    own_gates = False
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -103,6 +106,10 @@ class Memory(nn.Module):
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         """M(q) `[..., H, dv]` of states `[..., H, ...]` for queries `[..., H, dk]` that broadcast against them."""
         raise NotImplementedError
+
+    def read_cached(self, state: State, q: torch.Tensor) -> torch.Tensor:
+        """The same of a finished segment's memory, for memories that answer differently then (`own_gates`)."""
+        return self.read(state, q)
 
     def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
         """The pointwise function after map number `index` (soup of memories with several maps)."""
