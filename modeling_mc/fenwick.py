@@ -22,6 +22,17 @@ class FenwickHistory(History):
     def num_slots(self, num_tokens: int) -> int:
         return self.num_levels(num_tokens, True)
 
+    def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
+        known = layer.group("state")[0].shape[1]
+        super().grow(layer, num_tokens)
+        if self.num_blocks > 1 and "sums" in layer.tensors:
+            # a new level has sub-blocks twice as long as those of the level that it is copied from
+            sums = list(layer.tensors["sums"].unbind(1))
+            for level in range(known, len(sums)):
+                pairs = torch.nn.functional.pad(sums[level - 1], (0, 0, 0, self.num_blocks))
+                sums[level] = pairs.unflatten(2, (self.num_blocks, 2)).sum(3)
+            layer.put("sums", torch.stack(sums, 1))
+
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_of: GatesOf) -> Caches:
         """One row of L level slots (and one that nobody reads) per grid segment: `[R * N, L + 1, H, ...]`."""
         table, num = levels[0].table, len(levels)

@@ -76,6 +76,17 @@ def test_pieces(model, borders):
         assert_close(logits[row], plain(model, ids[row]), 1e-4)
 
 
+@pytest.mark.parametrize("borders", [[3], [2, 9, 10], range(1, 19)], ids=str)
+@pytest.mark.parametrize("segmentation", ready("segmentation"))
+@pytest.mark.parametrize("blocks", [2, 3, 4])
+def test_sub_blocks_in_pieces(blocks, segmentation, borders):
+    """A new level of logarithmic segments starts with sub-blocks of another length than those of the level below."""
+    segments = {"segment_size": 6 if blocks == 3 else 4, "memory_chunk_size": 2, "segmentation": segmentation}
+    model = build(small_config(**segments, summaries_per_segment=blocks))
+    ids = tokens(1, 19)
+    assert_close(in_pieces(model, ids, borders)[0], plain(model, ids[0]), 1e-4)
+
+
 LEFT_RIGHT_HOLES = [
     [0] * 5 + [1] * 14,
     [1] * 13 + [0] * 6,
