@@ -1,20 +1,26 @@
-# make demo | make test | make lint | make clean. The first call builds .venv; later calls reuse it.
+# make demo | make test | make test-oldest | make lint | make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# the oldest supported Transformers has an environment of its own
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.stamp-test
 
 # Stamps live inside .venv, so removing it forgets them too.
 TORCH_STAMP := $(VENV)/.stamp-torch
 TRAIN_STAMP := $(VENV)/.stamp-train
 TEST_STAMP := $(VENV)/.stamp-test
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 tests
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/python -m pytest -n 2 tests
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
@@ -36,6 +42,13 @@ $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[test]"
 	touch $@ $(TRAIN_STAMP)
 
+$(OLDEST_STAMP): setup.py pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install torch==2.13.0
+	$(OLDEST)/bin/python -m pip install "transformers==5.16.*"
+	$(OLDEST)/bin/python -m pip install -e ".[test]"
+	touch $@
+
 clean:
 	rm -rf build dist *.egg-info outputs .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis tests/.hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +
