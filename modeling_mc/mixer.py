@@ -243,7 +243,7 @@ class MCMixer(nn.Module):
             position=layer.position if layer.is_initialized else None,
             align=self.memory.align,
         )
-        self._answers(table.compact(hidden_states), table, layer)
+        self.memory(self._answers, table.compact(hidden_states), table, layer)
         layer.update(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, past_key_values=None) -> torch.Tensor:
@@ -255,7 +255,7 @@ class MCMixer(nn.Module):
             if layer.record_past:
                 layer.remember(self, hidden_states, table.mask)
         x = table.compact(hidden_states)
-        out = self._answers(x, table, layer)
+        out = self.memory(self._answers, x, table, layer)
         if layer is not None:
             past_key_values.update(x, None, self.layer_idx)
         out = self.o_norm(out)
