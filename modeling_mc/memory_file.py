@@ -14,12 +14,18 @@ from torch import nn
 
 FILE = "memory.safetensors"
 FORMAT = 1
+# config entries that do not change what a model writes into its memory
+IRRELEVANT = {
+    "_name_or_path", "architectures", "auto_map", "dtype", "mc_backend", "transformers_version", "use_cache", "id2label",
+    "label2id", "problem_type", "return_dict", "output_hidden_states", "torch_dtype", "tie_word_embeddings",
+}  # fmt: skip
 SAMPLES = 256  # values per parameter that enter the fingerprint
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's architecture and weights: names, shapes and up to 256 evenly spaced values per parameter."""
-    digest = hashlib.sha256()
+    """Hash of a model's config and weights: names, shapes and up to 256 evenly spaced values per parameter."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         place = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLES, flat.numel()), dtype=torch.float64).long()

@@ -1,0 +1,154 @@
+"""Rolling a cache back (speculative decoding), static caches and compiled decoding."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+
+from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, ready, small_config, tokens
+from mc_transformers import MCCache
+
+
+KINDS = combinations(memory=MEMORY_NAMES, segmentation=ready("segmentation"), aggregation=["grm", "ssc"])
+HYBRIDS = [
+    {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2},
+    {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},
+]
+BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in ready("cache_eviction")]
+VARIANTS = [{"memory": "swla", "state_init": "checkpoint"}, {"aggregation": "residual"}, {"aggregation": "none"}]
+ALL = KINDS + HYBRIDS + BOUNDED + VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+
+
+@pytest.mark.parametrize("fields", ALL, ids=name_of)
+@torch.no_grad()
+def test_crop_leaves_no_trace(fields: dict) -> None:
+    """Tokens that are taken back leave nothing: before, at and across segment borders, in two forwards, from empty."""
+    model = build(small_config(**fields))
+    ids = tokens(2, 37)
+    full = model(ids).logits
+    for before, recorded, removed in [(20, 7, 3), (20, 7, 7), (15, 6, 5), (16, 1, 1), (0, 20, 13)]:
+        cache = MCCache(config=model.config)
+        if before:
+            model(ids[:, :before], past_key_values=cache)
+        cache.activate_past_recording()
+        draft = ids[:, before : before + recorded].clone()
+        kept = recorded - removed
+        draft[:, kept:] = (draft[:, kept:] + 5) % 60
+        model(draft[:, :1], past_key_values=cache)
+        if recorded > 1:
+            model(draft[:, 1:], past_key_values=cache)
+        cache.crop(-removed)
+        assert cache.get_seq_length() == before + kept
+        rest = model(ids[:, before + kept :], past_key_values=cache).logits
+        assert_close(rest, full[:, before + kept :], what=f"{before}, {recorded} - {removed}")
+
+
+@torch.no_grad()
+def test_crop_of_padded_rows_and_repeated_rounds() -> None:
+    model = build(small_config(segment_size=4))
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :3] = 0
+    full = model(ids, attention_mask=mask).logits
+    cache = MCCache(config=model.config)
+    cache.activate_past_recording()
+    done = 0
+    for size in (9, 5, 6, 5, 8):
+        draft = ids[:, done : done + size].clone()
+        draft[:, 3:] = (draft[:, 3:] + 7) % 60
+        seen = torch.cat([mask[:, : done + 3], torch.ones(2, size - 3, dtype=torch.long)], 1)
+        model(draft, attention_mask=seen, past_key_values=cache)
+        cache.crop(-(size - 3))
+        done += 3
+    rest = model(ids[:, done:], attention_mask=mask, past_key_values=cache).logits
+    assert_close(rest, full[:, done:])
+
+
+@torch.no_grad()
+def test_crop_without_a_record_is_refused() -> None:
+    model = build(small_config())
+    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"aggregation": "ssc", "memory": "swla"}, *HYBRIDS], ids=name_of)
+def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
+    model = build(small_config(**fields))
+    ids, length = tokens(1, 21), {"max_new_tokens": 24, "do_sample": False}
+    greedy = model.generate(ids, **length)
+    assert torch.equal(greedy, model.generate(ids, **length, prompt_lookup_num_tokens=4))
+    small = build(small_config(num_hidden_layers=1, hidden_size=16), seed=1)
+    assert torch.equal(greedy, model.generate(ids, **length, assistant_model=small))
+    llama = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    target = AutoModelForCausalLM.from_config(llama).eval()
+    expected = target.generate(ids, **length)
+    assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
+
+
+@pytest.mark.parametrize("fields", KINDS[::3] + HYBRIDS + BOUNDED + VARIANTS, ids=name_of)
+@torch.no_grad()
+def test_static_cache_generates_the_same(fields: dict) -> None:
+    model = build(small_config(**fields))
+    ids, mask = tokens(2, 21), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :4] = 0
+    length = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(ids, **length)
+    assert torch.equal(expected, model.generate(ids, **length, cache_implementation="static"))
+    assert torch.equal(expected, model.generate(ids, **length, cache_implementation="static", prefill_chunk_size=5))
+
+
+@pytest.mark.parametrize("fields", KINDS[1::4] + HYBRIDS[:1] + BOUNDED + VARIANTS[1:], ids=name_of)
+@torch.no_grad()
+def test_compiled_decoding_never_recompiles(fields: dict) -> None:
+    """One graph for every position: segment borders, new segments and new levels change no shape and no branch."""
+    model = build(small_config(**fields))
+    ids = tokens(1, 37)
+    full = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    model(ids[:, :6], past_key_values=cache)
+    addresses = {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
+                 for name, t in layer.tensors.items()}  # fmt: skip
+    counter = CompileCounter()
+    step = torch.compile(model, backend=counter, fullgraph=True)
+    out = [
+        step(ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 37)
+    ]
+    assert counter.frame_count == 1
+    assert addresses == {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
+                         for name, t in layer.tensors.items()}  # fmt: skip
+    assert_close(torch.cat(out, 1), full[:, 6:])
+
+
+@torch.no_grad()
+def test_static_cache_can_be_reset_and_cropped() -> None:
+    model = build(small_config(memory="swla"))
+    ids = tokens(2, 30)
+    full = model(ids).logits
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(tokens(2, 19, seed=5), past_key_values=cache)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    model(ids[:, :15], past_key_values=cache)
+    cache.activate_past_recording()
+    model((ids[:, 15:22] + 3) % 60, past_key_values=cache)
+    cache.crop(-7)
+    assert_close(model(ids[:, 15:], past_key_values=cache).logits, full[:, 15:])
+
+
+@torch.no_grad()
+def test_plain_dynamic_cache_rolls_back_too() -> None:
+    model = build(small_config())
+    ids = tokens(1, 20)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids, past_key_values=cache)
+    cache.crop(-9)
+    assert_close(model(ids[:, 11:], past_key_values=cache).logits, model(ids).logits[:, 11:])
