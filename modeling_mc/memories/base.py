@@ -57,17 +57,27 @@ class Memory(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
+        self.gate_names = self.gate_names_for(config)
         self.num_heads = config.num_attention_heads
         self.key_dim = config.head_dim
         self.value_dim = config.value_head_dim or config.head_dim
+
+    @classmethod
+    def gate_names_for(cls, config) -> tuple[str, ...]:
+        """`gate_names` of a memory whose gates depend on the config."""
+        return cls.gate_names
 
     @property
     def align(self) -> int:
         """Slots of the grid are aligned to a multiple of this inside a segment (inner chunk of deep memories)."""
         return 1
 
+    def forward(self, function, *args):
+        """`function(*args)` with the parameters in place: what moves weights (offloading) hooks into `forward`."""
+        return function(*args)
+
     def init_weights(self) -> None:
-        """Initialise the memory's own parameters in place."""
+        """Initialise the memory's own parameters in place; modules inside it have a method of this name too."""
 
     def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gate values from the projections' fp32 pre-activations `[..., H]`; k `[..., H, dk]` gives the shape.
