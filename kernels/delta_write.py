@@ -13,11 +13,12 @@ Layout: `[R, N, W, H, d]`; a slot without a token has k = v = 0, b = 0 and log a
 
 import functools
 import importlib.util
+import logging
 
 import torch
 
 from .chunks import Chunks, Decay, answer_chunks, answer_chunks_backward
-from .common import compute_dtype, register_op
+from .common import NAMESPACE, compute_dtype, register_op
 
 
 class _Delta:
@@ -164,6 +165,7 @@ def fla_rule():
         return None
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    logging.getLogger(NAMESPACE).info("delta_write: kernels of the package `fla`")
     return chunk_gated_delta_rule
 
 

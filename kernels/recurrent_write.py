@@ -87,13 +87,16 @@ def _backward(ctx, grad_out, grad_cell):
     saved = iter(ctx.saved_tensors)
     inputs = [next(saved) if given else None for given in ctx.is_tensor]
     grads = getattr(torch.ops, NAMESPACE).recurrence_backward(grad_out.contiguous(), grad_cell.contiguous(), *inputs)
-    kept = [g if given and need else None for g, given, need in zip(grads, ctx.is_tensor, ctx.needs_input_grad, strict=False)]
+    kept = [
+        g if given and need else None
+        for g, given, need in zip(grads, ctx.is_tensor, ctx.needs_input_grad, strict=False)
+    ]
     return (*kept, None)
 
 
 def _register() -> None:
     """Define both ops from scratch: the kernel of a `torch.library.custom_op` runs with autograd shut off, and the
-    backward needs it. A second copy of this package in the process shares the ops of the first."""
+    backward needs it. A module that is loaded again keeps the ops that it has."""
     if hasattr(getattr(torch.ops, NAMESPACE), "recurrence"):
         return
     for name, function, fake in (

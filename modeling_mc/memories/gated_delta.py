@@ -16,8 +16,8 @@ class GatedDeltaMemory(MatrixMemory):
     """Gates as in published checkpoints: a_t = exp(-exp(A_log) softplus(W_a x_t + b_a)), b_t = sigmoid(W_b x_t + b_b),
     doubled with `allow_negative_eigenvalues`, so that a write can also turn a stored value around.
 
-    Half-precision inputs on a GPU are written by the package `fla` when it is installed (mc_backend="auto"), one
-    segment after the other when they depend on each other; everything else by `kernels.delta_write`.
+    Half-precision inputs on a GPU are written by the package `fla` when it is installed, one segment after
+    the other when they depend on each other; everything else by `kernels.delta_write`.
     """
 
     gate_names = ("a", "b")
@@ -42,7 +42,7 @@ class GatedDeltaMemory(MatrixMemory):
         return (
             v.is_cuda
             and v.dtype in (torch.bfloat16, torch.float16)
-            and self.config.mc_backend == "auto"
+            and self.config.mc_backend in ("auto", "triton")
             and max(self.key_dim, self.value_dim) <= 256
             and not torch.compiler.is_compiling()
             and fla_rule() is not None

@@ -10,7 +10,6 @@ into heads. Two reads (`vector_read`):
                 The query has no part in it.
 """
 
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -45,9 +44,7 @@ class Cell(nn.Module):
             init.copy_(self.bias_ih_l0, bias.flatten())
             init.zeros_(self.bias_hh_l0)
 
-    def forward(
-        self, x: torch.Tensor, state: State, empty: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, state: State, empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """See `kernels.recurrent_write.recurrence`; state: h, and c of an LSTM, `[B, width]`."""
         weights = (self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
         return recurrence(x, weights, *state, *[None] * (2 - len(state)), empty)
