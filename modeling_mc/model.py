@@ -25,8 +25,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .cache import memory_caching_mask
+from .context_parallel import active_shards, check_shards
 from .mc_cache import MCCache
-from .memories import MEMORIES, Memory
+from .memories import MEMORIES
 from .mixer import MCMixer
 from .segments import SegmentTable
 
@@ -105,7 +106,7 @@ class MCPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
             memory = MEMORIES[config.memory]
-            self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names]
+            self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
             self._keep_in_fp32_modules_strict += memory.fp32_parameters
 
     @torch.no_grad()
@@ -116,8 +117,8 @@ class MCPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MCMixer):
             for name in module.memory.gate_names:
                 init.constant_(getattr(module, f"{name}_bias"), module.memory.gate_bias.get(name, 0.0))
-        elif isinstance(module, Memory):
-            module.init_weights()
+        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights()  # memories, and their parts: each module with parameters of its own is asked
 
 
 class MCModel(MCPreTrainedModel):
@@ -185,6 +186,9 @@ class MCModel(MCPreTrainedModel):
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
             logger.warning_once("Caching is incompatible with gradient checkpointing: the cache is not used.")
             use_cache, past_key_values = False, None
+        if active_shards() is not None:
+            absent = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
+            check_shards(self.config, inputs_embeds.shape[1], **absent, **packed)
         if use_cache and past_key_values is None and not is_packed:
             past_key_values = MCCache(config=self.config)
         if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():

@@ -37,36 +37,11 @@ def products(log_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return decay.matrix, decay.from_start
 
 
-class InitialMap(nn.Module):
-    """One map of M_0, `[H, d_in, d_out]`."""
-
-    def __init__(self, num_heads: int, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.initial_state = nn.Parameter(torch.empty(num_heads, d_in, d_out))
-
-
-class HeadNorm(nn.Module):
-    """Layer norm over the last dimension, scale and shift `[H, d]`."""
-
-    def __init__(self, num_heads: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, width))
-        self.bias = nn.Parameter(torch.zeros(num_heads, width))
-
-    @staticmethod
-    def _normal(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        centred = x - x.mean(-1, keepdim=True)
-        s = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
-        return centred / s, s
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._normal(x)[0] * self.weight.to(x.dtype) + self.bias.to(x.dtype)
-
-    def pull_back(self, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Gradient of x from that of `forward(x)`, itself differentiable."""
-        n, s = self._normal(x)
-        g = grad * self.weight.to(x.dtype)
-        return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / s
+def normalized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x - mean) / s and s over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    s = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return centred / s, s
 
 
 class Layout:
@@ -141,29 +116,34 @@ class DeepMemory(Memory):
     """
 
     num_read = num_maps = 2
+    fp32_parameters = ("initial_state_0", "initial_state_1")
     loss: str
     momentum: bool
 
     def __init__(self, config) -> None:
         super().__init__(config)
         hidden = config.memory_expansion * self.key_dim
-        self.chunk, self.std = config.memory_chunk_size, config.initializer_range
+        self.chunk = config.memory_chunk_size
         # soup reads map by map, and segments of other lengths (logarithmic) are written but not answered
         self.answered, self.first_read = config.segment_size, 0 if config.aggregation == "soup" else ANSWER
-        shapes = (self.key_dim, hidden), (hidden, self.value_dim)
-        self.maps = nn.ModuleList(InitialMap(self.num_heads, *shape) for shape in shapes)
-        self.head_norm = HeadNorm(self.num_heads, self.value_dim) if config.memory_head_norm else None
+        self.initial_state_0 = nn.Parameter(torch.empty(self.num_heads, self.key_dim, hidden))
+        self.initial_state_1 = nn.Parameter(torch.empty(self.num_heads, hidden, self.value_dim))
+        for name, fill in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
+            shape = (self.num_heads, self.value_dim)
+            self.register_parameter(name, nn.Parameter(fill(shape)) if config.memory_head_norm else None)
+
+    def init_weights(self) -> None:
+        # not zero: a memory that starts at zero never learns; and not small: a first step moves the answers by about
+        # eta / std^2 of their size
+        for maps in (self.initial_state_0, self.initial_state_1):
+            init.normal_(maps, std=self.key_dim**-0.5)
+        if self.norm_weight is not None:
+            init.ones_(self.norm_weight)
+            init.zeros_(self.norm_bias)
 
     @property
     def align(self) -> int:
         return self.chunk
-
-    def init_weights(self) -> None:
-        for part in self.maps:
-            init.normal_(part.initial_state, std=self.std)
-        if self.head_norm is not None:
-            init.ones_(self.head_norm.weight)
-            init.zeros_(self.head_norm.bias)
 
     def coefficients(
         self, gates: dict[str, torch.Tensor], valid: torch.Tensor
@@ -177,7 +157,8 @@ class DeepMemory(Memory):
 
     # --------------------------------------------------------------------------------------------------- the state
     def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        maps = tuple(part.initial_state.to(device, dtype).expand(num, -1, -1, -1) for part in self.maps)
+        learned = (self.initial_state_0, self.initial_state_1)
+        maps = tuple(part.to(device, dtype).expand(num, -1, -1, -1) for part in learned)
         momentum = tuple(torch.zeros_like(part) for part in maps) if self.momentum else ()
         return (*maps, *maps, *momentum, torch.zeros(num, self.num_heads, device=device, dtype=dtype))
 
@@ -203,9 +184,17 @@ class DeepMemory(Memory):
         a = F.gelu(z)
         r = (a @ c1)[..., 0, :]
         e = -v if self.loss == "dot" else 2 * (self.finish(k[..., 0, :], r)[..., None, :] - v)
-        d1 = e if self.head_norm is None else self.head_norm.pull_back(r, e[..., 0, :])[..., None, :]
+        d1 = self._norm_backward(r, e[..., 0, :])[..., None, :]
         d2 = gelu_backward(d1 @ c1.transpose(-1, -2), z)
         return k.transpose(-1, -2) @ d2, a.transpose(-1, -2) @ d1
+
+    def _norm_backward(self, r: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of r from that of `finish(q, r)`."""
+        if self.norm_weight is None:
+            return grad
+        n, s = normalized(r)
+        g = grad * self.norm_weight.to(r.dtype)
+        return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / s
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         w2, w1 = state
@@ -217,7 +206,7 @@ class DeepMemory(Memory):
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
         layout = Layout(*q.shape[:3], self.chunk, carry)
         read = self.first_read if table.segment_size == self.answered else NOTHING
-        norm = self._norm_parameters()
+        norm = (self.norm_weight, self.norm_bias)
         maps = self._start(layout, state, q.device, compute_dtype(q))
         calls, answers, ends = [], [], []
         for number, (queries, inputs, begun) in enumerate(self._inputs(layout, q, k, v, gates, table)):
@@ -274,17 +263,16 @@ class DeepMemory(Memory):
         return F.gelu(z)
 
     def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        return q + (r if self.head_norm is None else self.head_norm(r))
-
-    def _norm_parameters(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return (None, None) if self.head_norm is None else (self.head_norm.weight, self.head_norm.bias)
+        if self.norm_weight is None:
+            return q + r
+        return q + normalized(r)[0] * self.norm_weight.to(r.dtype) + self.norm_bias.to(r.dtype)
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        norm = self._norm_parameters()
+        norm = (self.norm_weight, self.norm_bias)
         return deep_read(q, u, *states, summaries, online_logit, *norm, birth, first, function)
 
     def selected_read(self, q, weights, states, index):
-        return deep_selected_read(q, weights, *states, *self._norm_parameters(), index)
+        return deep_selected_read(q, weights, *states, self.norm_weight, self.norm_bias, index)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
-        return deep_constant_read(q, *states, *self._norm_parameters(), visible)
+        return deep_constant_read(q, *states, self.norm_weight, self.norm_bias, visible)

@@ -13,10 +13,9 @@ class DLAMemory(DeepMemory):
     loss = "dot"
     momentum = False
 
-    def __init__(self, config) -> None:
-        super().__init__(config)
-        if config.memory_decay:
-            self.gate_names = ("a", "e")
+    @classmethod
+    def gate_names_for(cls, config) -> tuple[str, ...]:
+        return ("a", "e") if config.memory_decay else ("e",)
 
     def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
         gates = {"step": STEP_SIZE * raw["e"].sigmoid()}
