@@ -8,7 +8,7 @@ Layout: `[R, N, W, H, d]`, R rows of N grid segments of W slots; a slot without 
 import torch
 
 from .chunks import Chunks, Decay, answer_chunks, answer_chunks_backward
-from .common import compute_dtype, register_op
+from .common import choose_backend, compute_dtype, register_op
 
 
 def _chunked(q, k, v, log_decay, initial, starts, carry):
@@ -74,8 +74,9 @@ def _fake_backward(grad_out, grad_ends, q, k, v, log_decay, initial, starts, car
 
 
 linear_write_op = register_op(
-    "linear_write", linear_write_torch, linear_write_backward_torch, _fake, _fake_backward, differentiable=5
-)
+    "linear_write", linear_write_torch, linear_write_backward_torch, _fake, _fake_backward, differentiable=5,
+    triton="triton_linear_write",
+)  # fmt: skip
 
 
 def linear_write(
@@ -86,6 +87,7 @@ def linear_write(
     initial: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
     carry: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write every segment of the grid and answer every slot from the memory that holds the tokens up to it.
 
@@ -95,9 +97,11 @@ def linear_write(
         initial: `[R, H, dk, dv]`, the state before the first segment of each row; None is zero.
         starts: `[R, N]` bool, segments that start from zero although `carry` is set (borders of packed documents).
         carry: a segment starts from the last state of the one before it (checkpoint), else from zero.
+        backend: "auto", "triton" or "torch", see `choose_backend`.
 
     Returns:
         answers `[R, N, W, H, dv]` in the dtype of q, and the state after every segment `[R, N, H, dk, dv]` in fp32
         (float64 for float64 input). Both are differentiable with respect to q, k, v, log_decay and initial.
     """
-    return linear_write_op(q, k, v, log_decay, initial, starts, carry)
+    backend = choose_backend(backend, "linear_write", q, k.shape[-1], v.shape[-1])
+    return linear_write_op(q, k, v, log_decay, initial, starts, carry, backend)

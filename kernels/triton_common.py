@@ -15,30 +15,26 @@ import triton.language as tl
 from .common import triton_interpreted
 
 
-INTERPRETED = triton_interpreted()
+INTERPRETED = tl.constexpr(triton_interpreted())
 # called with (kernel, arguments, meta) instead of a launch: offline compilation sees what would run
 recorder: Callable | None = None
 
 
-@functools.lru_cache(maxsize=None)
-def _tuned(kernel, configs: tuple, names: tuple[str, ...], restore: tuple[str, ...]):
-    choices = []
-    for config in configs:
-        blocks = {key: value for key, value in config if key not in ("num_warps", "num_stages")}
-        options = {key: value for key, value in config if key in ("num_warps", "num_stages")}
-        choices.append(triton.Config(blocks, **options))
-    return triton.autotune(choices, key=list(names), restore_value=list(restore), cache_results=True)(kernel)
+@functools.cache
+def _tuned(kernel, configs: tuple[tuple[int, int], ...], names: tuple[str, ...], accumulates: tuple[str, ...]):
+    choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
+    return triton.autotune(choices, key=list(names), restore_value=list(accumulates), cache_results=True)(kernel)
 
 
 def launch(
-    kernel, grid: Callable, args: dict, meta: dict, configs: list[dict], accumulates: tuple[str, ...] = ()
+    kernel, grid: tuple[int, ...], args: dict, meta: dict, configs: list[dict], accumulates: tuple[str, ...] = ()
 ) -> None:
     """Run `kernel` with the fastest of `configs`, measured once per set of `meta` (widths and flags, never lengths).
 
     Args:
-        grid: from all constants to the number of programs. args: pointers and run-time integers by name.
-        meta: compile-time constants by name. configs: block sizes, num_warps and num_stages; the first one is taken
-            where there is nothing to measure (interpreter, deterministic mode, offline compilation).
+        grid: numbers of programs. args: pointers (None where a flag says unused) and run-time integers by name.
+        meta: compile-time constants by name. configs: num_warps and num_stages; the first one is taken where there is
+            nothing to measure (interpreter, deterministic mode).
         accumulates: tensors that the kernel adds to, which measuring must not change.
     """
     if recorder is not None:
@@ -48,10 +44,10 @@ def launch(
     device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
-        if INTERPRETED or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
+        if INTERPRETED.value or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
             kernel[grid](**args, **meta, **configs[0])
         else:
-            choices = tuple(tuple(sorted(config.items())) for config in configs)
+            choices = tuple((config["num_warps"], config["num_stages"]) for config in configs)
             _tuned(kernel, choices, tuple(sorted(meta)), accumulates)[grid](**args, **meta)
 
 
@@ -78,12 +74,33 @@ def dot_precision() -> str:
 
 
 @triton.jit
-def split_dot(b_x, b_y, PRECISION: tl.constexpr):
-    """Product of x [M, K] in the operand dtype and fp32 y [K, N] that loses nothing of y: gates decide between
-    memories, and logits have no bound."""
-    if b_x.dtype == tl.float32:
-        return tl.dot(b_x, b_y, input_precision=PRECISION)
+def narrow(b_x, dtype: tl.constexpr):
+    """fp32 to the operand or output dtype, to nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:  # it truncates
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_x = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def dot(b_x, b_y, b_sum, PRECISION: tl.constexpr):
+    """`b_sum + b_x @ b_y`, accumulated in fp32; b_sum may be None."""
+    if INTERPRETED:  # it multiplies the bit patterns of bfloat16
+        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
+    return tl.dot(b_x, b_y, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def split_dot(b_x, b_y, b_sum, PRECISION: tl.constexpr):
+    """`b_sum + b_x @ b_y` of an fp32 factor and one of the operand dtype, which loses nothing of the first: a half
+    precision takes it in two parts."""
+    if b_x.dtype == b_y.dtype:
+        return dot(b_x, b_y, b_sum, PRECISION)
+    elif b_x.dtype == tl.float32:
+        b_high = narrow(b_x, b_y.dtype)
+        b_low = narrow(b_x - b_high.to(tl.float32), b_y.dtype)
+        return dot(b_low, b_y, dot(b_high, b_y, b_sum, PRECISION), PRECISION)
     else:
-        b_high = b_y.to(b_x.dtype)
-        b_low = (b_y - b_high.to(tl.float32)).to(b_x.dtype)
-        return tl.dot(b_x, b_low, tl.dot(b_x, b_high))
+        b_high = narrow(b_y, b_x.dtype)
+        b_low = narrow(b_y - b_high.to(tl.float32), b_x.dtype)
+        return dot(b_x, b_low, dot(b_x, b_high, b_sum, PRECISION), PRECISION)
