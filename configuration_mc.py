@@ -21,6 +21,7 @@ CHOICES = {
     "gate_function": ("softmax", "sigmoid"),
     "segment_summary": ("keys", "hidden"),
     "cache_eviction": ("oldest", "least_read"),
+    "route_sharing": ("layer", "model"),
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
 DEEP_MEMORIES = ("dla", "titans")
@@ -90,6 +91,8 @@ class MCConfig(PreTrainedConfig):
         segment_size (`int`): tokens per segment.
         state_init (`str`): "independent" (a segment starts from M_0) or "checkpoint" (from the last state).
         num_selected_segments (`int`): k of "ssc".
+        route_sharing (`str`): "layer": every layer chooses its segments, or "model": all use the first memory layer's
+            choice ("ssc").
         gate_source (`str`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
         gate_function (`str`): "softmax" over the memories read, or "sigmoid", each gate on its own.
         segment_summary (`str`): what the segment descriptor averages: "keys" as written, or "hidden" (the mixer's
@@ -165,6 +168,7 @@ class MCConfig(PreTrainedConfig):
     segment_size: int = 256
     state_init: str = "independent"
     num_selected_segments: int = 4
+    route_sharing: str = "layer"
     gate_source: str = "projection"
     gate_function: str = "softmax"
     segment_summary: str = "keys"
@@ -222,6 +226,8 @@ class MCConfig(PreTrainedConfig):
             self._refuse("sliding_window", "an integer >= 1 when layer_types has 'sliding_attention'")
         if self.max_cached_segments is not None and self.segmentation == "logarithmic":
             self._refuse("max_cached_segments", "None with segmentation='logarithmic', which bounds its cache itself")
+        if self.route_sharing == "model" and (self.aggregation != "ssc" or self.max_cached_segments is not None):
+            self._refuse("route_sharing", "'layer' unless aggregation='ssc' and max_cached_segments=None")
         if self.num_attention_heads % self.num_key_value_heads:
             self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
         if self.segment_size % self.summaries_per_segment:

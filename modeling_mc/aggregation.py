@@ -5,6 +5,8 @@ Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through 
 `Aggregation.mix_token` for one token per row, which decoding uses and which specifies the first form.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ..kernels.segment_read import segment_read
@@ -73,6 +75,7 @@ class Aggregation:
     def __init__(self, config, memory: Memory) -> None:
         self.kind, self.function = config.aggregation, config.gate_function
         self.top_k, self.memory = config.num_selected_segments, memory
+        self.shares_routes = config.route_sharing == "model"
         self.uses_cache = self.kind != "none"
         # a memory with gates of its own needs ours only to choose
         self.uses_gates = self.kind == "ssc" or (self.kind in ("grm", "soup") and not memory.own_gates)
@@ -85,10 +88,12 @@ class Aggregation:
         trace: Trace,
         online_logit: torch.Tensor | None,
         caches: Caches,
+        routes: dict,
     ) -> torch.Tensor:
         """`[R, N, W, H, dv]` from queries `[R, N, W, H, dk]`, u `[R, N, W, H, du]` and logits `[R, N, W, H]`.
 
         `caches` has R rows, or R * N rows of one grid segment each when every segment has memories of its own.
+        `routes` holds the choices of earlier layers of this forward.
         """
         if not self.uses_cache:
             return trace.online
@@ -108,7 +113,7 @@ class Aggregation:
         if self.kind == "soup" and self.memory.num_maps > 1:
             return self._soup(q, fold(u), trace, caches, gating, fold)
         if self.kind == "ssc":
-            past, online_gate = self._select(fold(q), fold(u), gating[0], caches)
+            past, online_gate = self._select(fold(q), fold(u), gating[0], caches, routes)
         else:
             past, online_gate = self.memory.gated_read(fold(q), fold(u), caches.states, caches.summaries, *gating)
         total = past + online_gate[..., None].to(past.dtype) * fold(trace.online)
@@ -124,8 +129,18 @@ class Aggregation:
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
         return self.memory.finish(q, x)
 
-    def _select(self, q, u, online_logit, caches):
-        index = segment_route(u, caches.summaries, caches.birth, caches.first, self.top_k)
+    def _route(self, routes: dict, key, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """This layer's choice of segments, or the first layer's where all layers share it."""
+        if not self.shares_routes:
+            return choose()
+        if key not in routes:
+            routes[key] = choose()
+        return routes[key]
+
+    def _select(self, q, u, online_logit, caches, routes):
+        index = self._route(
+            routes, "grid", lambda: segment_route(u, caches.summaries, caches.birth, caches.first, self.top_k)
+        )
         row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
         head = torch.arange(q.shape[3], device=q.device).view(-1, 1)
         chosen = caches.summaries[row, index.clamp(min=0), head]  # [R, N, W, H, k, m, du]
@@ -152,8 +167,10 @@ class Aggregation:
         kept: Kept | None,
         summaries: torch.Tensor | None,
         visible: torch.Tensor | None,
+        routes: dict,
+        time: int,
     ) -> torch.Tensor:
-        """Answers `[B, H, dv]` of one token per row.
+        """Answers `[B, H, dv]` of one token per row; `time` tells the tokens of one forward apart in `routes`.
 
         Args:
             q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
@@ -171,9 +188,9 @@ class Aggregation:
         logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), summaries.to(answer.dtype)).amax(-1)
         logits = logits.masked_fill(~visible[:, None], float("-inf"))
         if self.kind == "ssc":
-            best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
-            gates, online_gate = self._gates(best.values, online_logit)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.chosen(best.indices), q[:, None]))
+            index = self._route(routes, time, lambda: logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).indices)
+            gates, online_gate = self._gates(logits.gather(-1, index), online_logit)
+            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.chosen(index), q[:, None]))
         else:
             gates, online_gate = self._gates(logits, online_logit)
             if self.kind == "soup":

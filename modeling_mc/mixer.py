@@ -156,13 +156,13 @@ class MCMixer(nn.Module):
             return self.aggregation.past_gates(*tokens, summaries, visible)
 
         caches = self.history.caches(levels, before, gates_of)
-        out = self.aggregation.mix(q, u, trace, logit, caches)
+        out = self.aggregation.mix(q, u, trace, logit, caches, table.routes)
         if layer is not None:
             self.history.leave(levels, caches, layer)
         return table.from_grid(out)
 
     # ------------------------------------------------------------------------------------------------ token by token
-    def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer) -> torch.Tensor:
+    def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
         if "position" not in layer.tensors:
             sums = (self.num_heads, self.config.summaries_per_segment, self.config.summary_dim)
@@ -171,12 +171,14 @@ class MCMixer(nn.Module):
             )
         self.history.grow(layer, table.num_tokens)
         out = [
-            self._token(parts.at(t), None if table.order is None else t < table.length, layer)
+            self._token(parts.at(t), None if table.order is None else t < table.length, layer, table.routes, begin + t)
             for t in range(table.num_tokens)
         ]
         return torch.stack(out, 1)
 
-    def _token(self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer) -> torch.Tensor:
+    def _token(
+        self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, routes: dict, time: int
+    ) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
         running = layer.group("state")
         levels = running[0].shape[1]
@@ -193,7 +195,7 @@ class MCMixer(nn.Module):
         kept, summaries, visible = self.history.kept(layer) if self.history.keeps else (None, None, None)
         online = tuple(s[:, 0] for s in states)
         q = parts.q.to(online[0].dtype)
-        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible)
+        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible, routes, time)
         gates = None
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
@@ -219,7 +221,7 @@ class MCMixer(nn.Module):
         out = []
         for start, stop in zip(borders, borders[1:], strict=False):
             document = replace(table, num_tokens=stop - start)
-            out.append(self._tokens(parts.at(slice(start, stop)), document, MCCacheLayer()))
+            out.append(self._tokens(parts.at(slice(start, stop)), document, MCCacheLayer(), start))
         return torch.cat(out, 1)
 
     # ------------------------------------------------------------------------------------------------------ forward

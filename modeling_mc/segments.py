@@ -3,10 +3,12 @@
 packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
+
+from .context_parallel import Shards
 
 
 def static_split(length: int) -> list[int]:
@@ -55,7 +57,9 @@ class SegmentTable:
         starts: `[R, N]` bool, first grid segment of a packed document, or None.
         document: `[N]` int64, the document of every grid segment; begin: `[D]` int64, the first grid segment of every
             document; borders: `[D + 1]` int64, tokens; all None unless documents are packed.
+        routes: choices of segments that layers share (route_sharing="model"), by what they were made for.
         first: `[R, N]` int64, the first grid segment of the same sequence.
+        shards: the ranks that share each row (context parallel), or None.
     """
 
     segment_size: int
@@ -77,7 +81,10 @@ class SegmentTable:
     document: torch.Tensor | None
     begin: torch.Tensor | None
     resumed: bool
+    shards: Shards | None = None
     coarse: dict[int, "SegmentTable"] = field(default_factory=dict, repr=False)
+    copies: dict[torch.device, "SegmentTable"] = field(default_factory=dict, repr=False)
+    routes: dict = field(default_factory=dict, repr=False)
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -180,6 +187,17 @@ class SegmentTable:
             begin=None,
             resumed=resumed,
         )
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SegmentTable":
+        """The same table on another device, for a model whose layers stand on several."""
+        device = torch.device(device)
+        if device == self.length.device:
+            return self
+        if device not in self.copies:
+            tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
+            moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()}
+            self.copies[device] = replace(self, **moved, coarse={}, copies={})
+        return self.copies[device]
 
     def coarser(self, factor: int) -> "SegmentTable":
         """The same tokens in segments that are `factor` times as long (one level of logarithmic segmentation)."""
@@ -298,6 +316,8 @@ class SegmentTable:
             context = x.new_zeros(rows, num_tokens + (self.borders.numel() - 1) * reach, channels)
             context = context.index_copy(1, place + reach, x)
             return conv(context.transpose(1, 2)).transpose(1, 2)[:, place], x.new_zeros(rows, reach, channels)
+        if self.shards is not None:
+            tail = self.shards.tail(x, reach)
         tail = x.new_zeros(rows, reach, channels) if tail is None else tail.to(x.dtype)
         context = torch.cat([tail, x], 1)
         last = self.length[:, None] + torch.arange(reach, device=x.device)

@@ -1,0 +1,46 @@
+"""Sparse selection: layers that share their choice of segments, and several summaries per segment."""
+
+import pytest
+import torch
+from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, ready, relative_error, small_config, tokens
+
+from mc_transformers import MCCache, MCConfig
+
+
+SHARED = combinations(
+    memory=MEMORY_NAMES, segmentation=ready("segmentation"), aggregation=["ssc"], route_sharing=["model"],
+    num_hidden_layers=[2], num_selected_segments=[1],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SHARED, ids=name_of)
+@torch.no_grad()
+def test_shared_routes_are_the_same_in_parallel_token_by_token_and_in_pieces(fields: dict) -> None:
+    model = build(small_config(**fields), dtype=torch.float64)
+    ids = tokens(2, 45)
+    model.config.mc_backend = "reference"
+    expected = model(ids, use_cache=False).logits
+    model.config.mc_backend = "torch"
+    assert_close(model(ids, use_cache=False).logits, expected, 1e-10)
+    cache = MCCache(config=model.config)
+    out = [model(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 1, 23], 1)]
+    assert_close(torch.cat(out, 1), expected, 1e-10)
+    own = build(small_config(**fields | {"route_sharing": "layer"}), dtype=torch.float64)
+    assert relative_error(own(ids, use_cache=False).logits, expected) > 1e-3
+
+
+def test_shared_routes_are_refused_without_a_choice() -> None:
+    for fields in ({"aggregation": "grm"}, {"aggregation": "ssc", "max_cached_segments": 4}):
+        with pytest.raises(ValueError, match="route_sharing.*allowed: 'layer'"):
+            MCConfig(route_sharing="model", **fields)
+
+
+@pytest.mark.parametrize("memory", MEMORY_NAMES)
+@torch.no_grad()
+def test_a_sub_block_can_win_the_choice(memory: str) -> None:
+    """With m summaries a segment is chosen by its best sub-block, which one mean over the segment would hide."""
+    fields = {"aggregation": "ssc", "num_selected_segments": 1}
+    one = build(small_config(memory, **fields))
+    four = build(small_config(memory, **fields, summaries_per_segment=4))
+    ids = tokens(2, 60)
+    assert relative_error(one(ids).logits, four(ids).logits) > 1e-4
