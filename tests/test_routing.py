@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, ready, relative_error, small_config, tokens
 
+from helpers import (
+    MEMORY_NAMES,
+    assert_close,
+    build,
+    combinations,
+    name_of,
+    ready,
+    relative_error,
+    small_config,
+    tokens,
+)
 from mc_transformers import MCCache, MCConfig
 
 
