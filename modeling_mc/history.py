@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache import Kept, MCCacheLayer
+from .context_parallel import Shards
 from .memories import Memory, State
 from .segments import SegmentTable
 
@@ -133,7 +134,10 @@ class History:
         states = level.ends[: self.memory.num_read]
         summaries = None if level.sums is None else self.mean(level.sums)
         if layer is None:
-            return states, summaries, torch.zeros_like(level.table.first[:, :0], dtype=torch.bool)
+            if level.table.shards is not None:
+                states, summaries = self._with_earlier_ranks(level.table.shards, states, summaries)
+            old = states[0].shape[1] - level.table.num_segments
+            return states, summaries, torch.ones(len(states[0]), old, dtype=torch.bool, device=states[0].device)
         finished = level.table.finished_before[:, None]
         kept, old = Kept(layer, finished.device).all(), layer.tensors.get("summaries")
         slots = kept[0].shape[1]
@@ -143,6 +147,13 @@ class History:
             kept, old = tuple(k[row, place] for k in kept), None if old is None else old[row, place]
         states = tuple(torch.cat(pair, 1) for pair in zip(kept, states, strict=True))
         return states, None if old is None else torch.cat([old, summaries], 1), slot < count
+
+    @staticmethod
+    def _with_earlier_ranks(shards: Shards, states: State, summaries: torch.Tensor | None):
+        """States and summaries of all segments up to the last one of this rank, from those of each rank."""
+        mine = [*states] if summaries is None else [*states, summaries]
+        every = [torch.cat(pair, 1) for pair in zip(shards.earlier(*mine), mine, strict=True)]
+        return tuple(every[: len(states)]), None if summaries is None else every[-1]
 
     def leave(self, levels: list[Level], caches: Caches, layer: MCCacheLayer) -> None:
         """Leave in the cache what the next forward needs: running states of all levels, finished segments in order."""

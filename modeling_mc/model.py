@@ -2,6 +2,7 @@
 """The Transformers model family: MCModel and its heads."""
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -138,19 +139,21 @@ class MCModel(MCPreTrainedModel):
     def _segment_table(
         self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: Cache | None, packed: dict
     ) -> SegmentTable | None:
-        if LAYER_TYPE not in self.config.layer_types:
+        mixer = next((x.mixer for x in self.layers if hasattr(x, "mixer")), None)  # of this stage of a pipeline
+        if mixer is None:
             return None
-        layer = None if past is None else past.layers[self.config.layer_types.index(LAYER_TYPE)]
-        align = next(x.mixer.memory.align for x in self.layers if x.layer_type == LAYER_TYPE)
-        return SegmentTable.build(
+        layer = None if past is None else past.layers[mixer.layer_idx]
+        device, known = inputs_embeds.device, layer is not None and layer.is_initialized
+        table = SegmentTable.build(
             *inputs_embeds.shape[:2],
             segment_size=self.config.segment_size,
-            device=inputs_embeds.device,
+            device=device,
             attention_mask=mask,
-            position=layer.position if layer is not None and layer.is_initialized else None,
-            align=align,
+            position=layer.position.to(device) if known else None,
+            align=mixer.memory.align,
             **packed,
         )
+        return replace(table, shards=active_shards())
 
     @merge_with_config_defaults
     @capture_outputs
@@ -211,11 +214,11 @@ class MCModel(MCPreTrainedModel):
             rope = self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             hidden_states = layer(
                 hidden_states,
                 segment_table=table,
-                attention_mask=masks.get(layer.layer_type),
+                attention_mask=masks.get(kind),
                 position_embeddings=rope,
                 past_key_values=past_key_values,
                 **kwargs,
