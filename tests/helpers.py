@@ -23,7 +23,7 @@ def ready(field: str) -> list[str]:
 
 
 MEMORY_NAMES = [name for name in MEMORIES if name in ready("memory")]
-MATRIX_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1 and MEMORIES[name].num_read == 1]
+ONE_MAP_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1]  # soup is GRM for them
 
 
 def small_config(memory: str = "linear", **overrides) -> MCConfig:
@@ -50,6 +50,11 @@ def combinations(**axes: list) -> list[dict]:
             continue
         kept.append(fields)
     return kept
+
+
+def accepts(**fields) -> bool:
+    """Whether the config takes this combination."""
+    return bool(combinations(**{name: [value] for name, value in fields.items()}))
 
 
 def name_of(fields: dict) -> str:

@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, family, name_of, ready, small_config, tokens
+from helpers import (
+    MEMORY_NAMES,
+    accepts,
+    assert_close,
+    build,
+    combinations,
+    family,
+    name_of,
+    ready,
+    small_config,
+    tokens,
+)
 from mc_transformers.modeling_mc.memories import MEMORIES
 
 
@@ -82,6 +93,7 @@ def test_gates(fields):
 OPTIONS = {
     "ssc-k1": {"aggregation": "ssc", "num_selected_segments": 1},
     "ssc-k3-subblocks": {"aggregation": "ssc", "num_selected_segments": 3, "summaries_per_segment": 4},
+    "ssc-shared-routes": {"aggregation": "ssc", "route_sharing": "model", "num_hidden_layers": 2},
     "soup-sigmoid": {"aggregation": "soup", "gate_function": "sigmoid"},
     "wide-values": {"value_head_dim": 11},
     "one-head": {"num_attention_heads": 1},
@@ -90,21 +102,25 @@ OPTIONS = {
     "no-qk-norm": {"qk_norm": False},
     "no-output-gate": {"use_output_gate": False},
     "no-head-norm": {"memory_head_norm": False},
+    "negative-eigenvalues": {"allow_negative_eigenvalues": True},
     "chunk-2": {"memory_chunk_size": 2, "state_init": "checkpoint"},
     "segment-1": {"segment_size": 1, "memory_chunk_size": 1},
     "segment-is-chunk": {"segment_size": 4, "state_init": "checkpoint"},
     "two-layers": {"num_hidden_layers": 2},
-}
+    **{f"bounded-{who}-{kind}": {"max_cached_segments": 1, "cache_eviction": who, "aggregation": kind}
+       for who in ready("cache_eviction") for kind in ("grm", "ssc")},
+    **{f"vector-add-{kind}": {"vector_read": "add", "aggregation": kind}
+       for kind in ready("aggregation") if kind not in ("none", "soup")},
+}  # fmt: skip
 
 
 def with_options() -> list:
     """Every option with every memory that takes it."""
-    allowed = []
-    for option, memory in itertools.product(OPTIONS, MEMORY_NAMES):
-        fields = {"aggregation": "grm", "memory": memory} | OPTIONS[option]
-        for kept in combinations(**{name: [value] for name, value in fields.items()}):
-            allowed.append(pytest.param(kept, id=f"{option}-{memory}"))
-    return allowed
+    return [
+        pytest.param({"aggregation": "grm", "memory": memory} | OPTIONS[option], id=f"{option}-{memory}")
+        for option, memory in itertools.product(OPTIONS, MEMORY_NAMES)
+        if accepts(**{"aggregation": "grm", "memory": memory} | OPTIONS[option])
+    ]
 
 
 @pytest.mark.parametrize("fields", with_options())

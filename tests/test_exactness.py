@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from helpers import (
-    MEMORY_NAMES,
     VOCAB,
+    accepts,
     assert_close,
     build,
-    combinations,
     family,
     name_of,
     ready,
@@ -21,6 +20,7 @@ from helpers import (
     tokens,
 )
 from mc_transformers import MCCache, MCModel
+from mc_transformers.configuration_mc import CHOICES
 
 
 SIZE = 4
@@ -233,17 +233,15 @@ def test_gradients_are_causal(fields):
 
 
 # ---------------------------------------------------------------------------------------------- anything at random
-CONFIGS = {
-    "memory": st.sampled_from(MEMORY_NAMES),
-    "aggregation": st.sampled_from(ready("aggregation")),
-    "state_init": st.sampled_from(ready("state_init")),
-    "segmentation": st.sampled_from(ready("segmentation")),
-    "gate_source": st.sampled_from(ready("gate_source")),
-    "gate_function": st.sampled_from(ready("gate_function")),
-    "segment_summary": st.sampled_from(ready("segment_summary")),
+FIELDS = {field: st.sampled_from(ready(field)) for field in CHOICES if field != "mc_backend"} | {
+    "summaries_per_segment": st.integers(1, 4),
     "num_selected_segments": st.integers(1, 4),
+    "max_cached_segments": st.sampled_from([None, None, 1, 2, 3]),
     "conv_kernel_size": st.integers(0, 4),
     "num_attention_heads": st.sampled_from([1, 2, 3]),
+    "num_hidden_layers": st.integers(1, 2),
+    "memory_head_norm": st.booleans(),
+    "allow_negative_eigenvalues": st.booleans(),
     "qk_norm": st.booleans(),
     "use_output_gate": st.booleans(),
 }
@@ -251,20 +249,20 @@ CONFIGS = {
 
 @st.composite
 def cases(draw):
-    """A config that is not refused, rows of any length padded anywhere, and a way to cut them into pieces."""
-    fields = {name: draw(strategy) for name, strategy in CONFIGS.items()}
+    """A config, rows of any length padded anywhere, and a way to cut them into pieces."""
     chunk = draw(st.sampled_from([1, 2, 4]))
-    fields |= {"memory_chunk_size": chunk, "segment_size": chunk * draw(st.integers(1, 4))}
-    fields["summaries_per_segment"] = draw(st.sampled_from([m for m in (1, 2, 4) if fields["segment_size"] % m == 0]))
-    if not combinations(**{name: [value] for name, value in fields.items()}):
-        fields |= {"aggregation": "grm", "gate_source": "projection", "segment_summary": "keys"}
+    fields = {"memory_chunk_size": chunk, "segment_size": chunk * draw(st.integers(1, 4))}
+    for name, strategy in FIELDS.items():
+        value = draw(strategy)
+        if accepts(**fields | {name: value}):  # else the default stays
+            fields[name] = value
     length = draw(st.integers(1, 26))
     masks = draw(st.lists(st.lists(st.integers(0, 1), min_size=length, max_size=length), min_size=1, max_size=3))
     borders = draw(st.sets(st.integers(1, length - 1))) if length > 1 else set()
     return fields, masks, sorted(borders)
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(cases())
 def test_anything(case):
     fields, masks, borders = case

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from helpers import (
-    MATRIX_MEMORIES,
     MEMORY_NAMES,
+    ONE_MAP_MEMORIES,
     assert_close,
     build,
     combinations,
@@ -21,7 +21,7 @@ AGGREGATIONS = [x for x in ready("aggregation") if x != "none"]
 
 
 class Answers:
-    """What the memories of a one-layer float64 model answer `[B, T, H, dv]`, before the output norm, and what they got:
+    """What the memories of a one-layer float64 model answer `[B, T, H, dv]`, before the output norm, from:
     q, k, v, u `[B, T, H, d]` and gates."""
 
     def __init__(self, ids: torch.Tensor, like: "Answers | None" = None, **fields) -> None:
@@ -156,12 +156,12 @@ SOUPS = combinations(memory=MEMORY_NAMES, state_init=ready("state_init"), aggreg
 
 
 @pytest.mark.parametrize("fields", SOUPS, ids=name_of)
-def test_soup_is_grm_for_matrices(fields):
+def test_soup_is_grm_for_one_map(fields):
     """And for memories of several maps it is not: gelu(mean) is not mean(gelu)."""
     ids = tokens(2, 3 * SIZE + 3)
     grm = Answers(ids, **fields | {"aggregation": "grm"})
     soup = Answers(ids, like=grm, **fields)
-    if fields["memory"] in MATRIX_MEMORIES:
+    if fields["memory"] in ONE_MAP_MEMORIES:
         assert_close(soup.values, grm.values, 1e-12)
     else:
         assert not torch.allclose(soup.values, grm.values, rtol=1e-3)
