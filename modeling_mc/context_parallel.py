@@ -55,7 +55,7 @@ class Shards:
         return F.pad(before, (0, 0, length, 0))[:, -length:] if length else before[:, :0]
 
     def earlier(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """Tensors `[R, N, ...]` of one dtype to what the ranks before this one hold, `[R, rank * N, ...]`: one gather."""
+        """What the ranks before this one hold, `[R, rank * N, ...]`, of tensors `[R, N, ...]` of one dtype."""
         flat = [x.flatten(2) for x in tensors]
         found = _Earlier.apply(torch.cat(flat, -1), self).split([x.shape[-1] for x in flat], -1)
         return [part.unflatten(-1, x.shape[2:]) for part, x in zip(found, tensors, strict=True)]
@@ -144,7 +144,7 @@ def shard_batch(batch: dict, config: MCConfig, group: "dist.ProcessGroup | None"
     mine = slice(rank * run, (rank + 1) * run)
 
     def cut(x: torch.Tensor, fill: int) -> torch.Tensor:
-        return F.pad(x, (0, size * run - x.shape[1]), value=fill)[:, mine]
+        return F.pad(x, (0, size * run - x.shape[1]), value=fill)[:, mine].contiguous()
 
     part = {"input_ids": cut(ids, config.pad_token_id or 0), "use_cache": False}
     if labels is not None:

@@ -1,0 +1,145 @@
+"""Runs under torchrun with gloo: every job compares what several ranks compute with what one process computes.
+
+    torchrun --standalone --nproc_per_node 2 tests/distributed_jobs.py context_parallel
+"""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from helpers import assert_close, build, combinations, name_of, small_config, tokens
+from mc_transformers.modeling_mc.context_parallel import context_parallel, shard_batch
+
+
+SIZE = 4
+SEGMENTS = {"segment_size": SIZE, "memory_chunk_size": 2, "num_hidden_layers": 2}
+
+
+# -------------------------------------------------------------------------------------------------- context parallel
+def shared_kinds() -> list[dict]:
+    every = combinations(memory=["linear", "swla", "gated_delta", "titans", "lstm"], aggregation=["grm"])
+    every += combinations(memory=["linear", "dla"], aggregation=["residual", "soup", "ssc", "mean"])
+    every += [
+        {"summaries_per_segment": 2, "segment_summary": "hidden"},
+        {"segment_size": 1, "memory_chunk_size": 1},  # a rank holds fewer tokens than a convolution reaches
+        {"max_cached_segments": 2},
+        {"conv_kernel_size": 0, "gate_function": "sigmoid"},
+    ]
+    return every
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def exact_loss(logits: torch.Tensor, next_labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Transformers' own loss casts logits to fp32, which hides what differs below 1e-7."""
+    return F.cross_entropy(logits.flatten(0, 1), next_labels.flatten(), reduction="sum") / count
+
+
+def same_as_one_process(fields: dict, length: int) -> None:
+    """Logits, loss and gradients of a padded batch that the ranks share."""
+    model = build(small_config(**SEGMENTS | fields), dtype=torch.float64).train()
+    ids = tokens(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, length - 3 :] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    whole = model(ids, labels=labels, use_cache=False)
+    part = shard_batch({"input_ids": ids, "labels": ids, "attention_mask": mask}, model.config)
+    exact_loss(whole.logits[:, :-1], labels[:, 1:], part["num_items_in_batch"]).backward()
+    expected = gradients(model)
+
+    with context_parallel():
+        mine = model(**part)
+    # outside of the block, as the Trainer would
+    exact_loss(mine.logits, part["shift_labels"], part["num_items_in_batch"]).backward()
+    dist.all_reduce(loss := mine.loss.detach().clone())
+    assert_close(loss, whole.loss.detach(), 1e-6, "loss")
+    begin = dist.get_rank() * mine.logits.shape[1]
+    known = whole.logits[:, begin : begin + mine.logits.shape[1]]
+    assert_close(mine.logits[:, : known.shape[1]], known, 1e-12, "logits")
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        dist.all_reduce(gradient)
+        assert_close(gradient, expected[name], 1e-11, name)
+
+
+def context_parallel_equals_one_process() -> None:
+    for fields in shared_kinds():
+        size = fields.get("segment_size", SIZE)
+        try:
+            same_as_one_process(fields, 3 * size * dist.get_world_size() - size // 2)
+        except AssertionError as error:
+            raise AssertionError(f"{name_of(fields)}: {error}") from error
+
+
+def context_parallel_with_checkpointing() -> None:
+    """Recomputation happens in the backward pass, when the block has long been left."""
+    model = build(small_config(**SEGMENTS)).train()
+    part = shard_batch({"input_ids": tokens(1, 32), "labels": tokens(1, 32)}, model.config)
+    with context_parallel():
+        model(**part).loss.backward()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable()
+    with context_parallel():
+        loss = model(**part).loss
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected[name], 1e-6, name)
+
+
+def context_parallel_refuses() -> None:
+    ids = tokens(1, 2 * SIZE)
+    impossible = {
+        "layer_types": {"layer_types": ["memory_caching", "full_attention"]},
+        "aggregation": {"aggregation": "none"},
+        "state_init": {"state_init": "checkpoint"},
+        "segmentation": {"segmentation": "logarithmic"},
+        "cache_eviction": {"max_cached_segments": 2, "cache_eviction": "least_read"},
+        "mc_backend": {"mc_backend": "reference"},
+    }
+    for field, fields in impossible.items():
+        model = build(small_config(**SEGMENTS | fields))
+        with pytest.raises(ValueError, match=f"context_parallel: `{field}`"), context_parallel():
+            model(ids, use_cache=False)
+    model = build(small_config(**SEGMENTS))
+    for name, value in {
+        "use_cache": True, "attention_mask": torch.ones_like(ids), "cu_seq_lens": torch.tensor([0, 3, 8]),
+    }.items():  # fmt: skip
+        key = "cu_seq_lens_q" if name == "cu_seq_lens" else name
+        with pytest.raises(ValueError, match=f"context_parallel: `{name}`"), context_parallel():
+            model(ids, **{"use_cache": False, key: value})
+    with pytest.raises(ValueError, match="7 tokens on this rank"), context_parallel():
+        model(tokens(1, 7), use_cache=False)
+    with pytest.raises(ValueError, match="padding before a token"):
+        shard_batch({"input_ids": ids, "attention_mask": torch.tensor([[0] + [1] * 7])}, model.config)
+    with pytest.raises(ValueError, match="position_ids"):
+        shard_batch({"input_ids": ids, "position_ids": ids}, model.config)
+
+
+JOBS = {
+    "context_parallel": (
+        context_parallel_equals_one_process, context_parallel_with_checkpointing, context_parallel_refuses,
+    ),
+}  # fmt: skip
+
+
+def main(name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job in JOBS[name]:
+        job()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            print(f"passed: {job.__name__}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
