@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from .configuration_mc import MCConfig
+from .conversion import hub as _hub
 from .modeling_mc.cache import MCCacheLayer
 from .modeling_mc.mc_cache import MCCache
 from .modeling_mc.model import (
@@ -25,6 +26,10 @@ from .modeling_mc.model import (
 
 
 __version__ = "0.1.0"
+
+# what these classes save or push is a repository that loads where this package is not installed
+MCPreTrainedModel.save_pretrained = _hub.save_pretrained
+MCPreTrainedModel.push_to_hub = _hub.push_to_hub
 
 AutoConfig.register("mc", MCConfig)
 AutoModel.register(MCConfig, MCModel)

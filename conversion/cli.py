@@ -30,7 +30,7 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer, set_seed
 
-    from ..modeling_mc.cache import MCCache
+    from .. import MCCache
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     tokenizer = load_tokenizer(args.checkpoint, args.revision)
@@ -77,6 +77,41 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.output:
         write_file(args.output, evaluate.to_json(record))
         print(f"written to {args.output}")
+
+
+def _card_arguments(args: argparse.Namespace) -> dict:
+    """What `_add_card` has added, read."""
+    from .card import Metadata, read_results
+
+    metadata = Metadata(args.license, args.language, args.base_model, args.datasets, args.tags)
+    return {"metadata": metadata, "results": [result for path in args.results for result in read_results(path)]}
+
+
+def run_bundle(args: argparse.Namespace) -> None:
+    from .bundle import bundle
+
+    output = bundle(
+        args.checkpoint, args.output, args.repo_id, args.revision, args.max_shard_size, args.overwrite,
+        verify=not args.no_verify, **_card_arguments(args),
+    )  # fmt: skip
+    checked = "not checked" if args.no_verify else "loaded alone: the same logits and tokens"
+    print(f"{output}: {len(list(output.iterdir()))} files, {checked}")
+
+
+def run_publish(args: argparse.Namespace) -> None:
+    from .publish import publish
+
+    files, commit = publish(
+        args.checkpoint, args.repo_id, dry_run=args.dry_run, max_shard_size=args.max_shard_size,
+        private=args.private or None, revision=args.revision, create_pr=args.create_pr, tag=args.tag,
+        replace_card=args.replace_card, commit_message=args.message, **_card_arguments(args),
+    )  # fmt: skip
+    print(info.table([(name, info.human_bytes(size)) for name, size in files.items()], ("file", "size")))
+    total = info.human_bytes(sum(files.values()))
+    if commit is None:
+        print(f"dry run: {len(files)} files, {total}, checked; nothing was uploaded")
+    else:
+        print(f"{len(files)} files, {total}: {commit.pr_url or commit.commit_url}")
 
 
 # ------------------------------------------------------------------------------------------------------------- parser
@@ -142,6 +177,63 @@ def _eval_parser(commands) -> None:
     parser.set_defaults(run=run_eval)
 
 
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model card")
+    group.add_argument("--license", metavar="ID", help="of the weights, for example apache-2.0")
+    group.add_argument("--language", nargs="+", metavar="CODE", help="for example en")
+    group.add_argument("--base-model", metavar="REPO", help="the model that this one was made from")
+    group.add_argument("--datasets", nargs="+", metavar="REPO", help="what it was trained on")
+    group.add_argument("--tags", nargs="+", metavar="TAG", default=[])
+    group.add_argument(
+        "--results", nargs="+", metavar="FILE", default=[], help="JSON of `eval --output`: the only source of scores"
+    )
+
+
+def _bundle_parser(commands) -> None:
+    parser = commands.add_parser(
+        "bundle",
+        help="write a folder that loads with trust_remote_code=True where this package is not installed",
+        **_examples(
+            "bundle outputs/demo/model outputs/demo/bundle --repo-id me/my-model",
+            "bundle checkpoint-500 out --results eval.json --license apache-2.0 --language en",
+        ),
+    )
+    _add_checkpoint(parser)
+    parser.add_argument("output", metavar="FOLDER", help="where to write")
+    parser.add_argument("--repo-id", metavar="REPO", help="the name that the card gives (default: the folder's)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--no-verify", action="store_true", help="do not load the result in a process of its own")
+    _add_card(parser)
+    parser.set_defaults(run=run_bundle)
+
+
+def _publish_parser(commands) -> None:
+    parser = commands.add_parser(
+        "publish",
+        help="bundle a checkpoint, check the bundle, and upload it to the Hub",
+        **_examples(
+            "publish outputs/demo/model me/my-model --private --dry-run",
+            "publish outputs/demo/model me/my-model --tag v1 --results eval.json",
+            "publish outputs/demo/model someone/model --create-pr",
+        ),
+        description="The token is taken from HF_TOKEN or `hf auth login`. After an interruption call it again: what "
+        "was sent is not sent again.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a Hub repository")
+    parser.add_argument("repo_id", metavar="REPO", help="the repository, created if it is missing")
+    parser.add_argument("--private", action="store_true", help="create a private one; a public one is refused")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
+    parser.add_argument("--revision", metavar="NAME", help="branch (created if missing), or refs/pr/N")
+    parser.add_argument("--tag", help="name for the new commit")
+    parser.add_argument("--message", default="Upload model", help="commit message (%(default)s)")
+    parser.add_argument("--replace-card", action="store_true", help="also where the repository has a card already")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="bundle and check, upload nothing")
+    _add_card(parser)
+    parser.set_defaults(run=run_publish)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -161,6 +253,8 @@ def build_parser() -> argparse.ArgumentParser:
     about.set_defaults(run=run_info)
     _generate_parser(commands)
     _eval_parser(commands)
+    _bundle_parser(commands)
+    _publish_parser(commands)
     return parser
 
 

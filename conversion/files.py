@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 @contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to write into, which takes the name `path` when the block has succeeded and vanishes when it fails.
@@ -23,7 +19,7 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not (overwrite and path.is_dir()):
         raise FileExistsError(f"{path} exists already" + (" (--overwrite replaces it)" if path.is_dir() else ""))
-    partial = _partial(path)
+    partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -42,9 +38,9 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename it."""
+    """Write a file under a temporary name, then rename it; several processes may write the same file."""
     path = Path(path)
-    partial = _partial(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..configuration_mc import LAYER_TYPE, MCConfig
-from ..modeling_mc.cache import MCCache
-from ..modeling_mc.model import MCForCausalLM
+from .. import MCCache, MCConfig, MCForCausalLM
+from ..configuration_mc import LAYER_TYPE
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "triton", "peft", "accelerate")
@@ -82,7 +81,8 @@ def environment() -> str:
 
 # --------------------------------------------------------------------------------------------------------------- info
 def _dtype(config: MCConfig) -> torch.dtype:
-    return config.dtype or torch.float32
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype  # `save_pretrained` leaves a name there
 
 
 def skeleton(config: MCConfig) -> MCForCausalLM:

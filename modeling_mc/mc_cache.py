@@ -39,6 +39,10 @@ class MCCache(DynamicCache):
         self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
     ) -> None:
         super().__init__(*args, **kwargs)
+        for index, layer in enumerate(self.layers):
+            if layer._layer_type == LAYER_TYPE and not isinstance(layer, MCCacheLayer):
+                # a second copy of this code (a Hub repository) has registered its own class for the layer type
+                self.layers[index] = MCCacheLayer()
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
         self.filled_by: weakref.ref | None = None  # the model, for the fingerprint of `save_pretrained`

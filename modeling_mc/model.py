@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -105,6 +106,8 @@ class MCPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: MCConfig, *args, **kwargs) -> None:
         super().__init__(config, *args, **kwargs)
+        # the heads make their decoder through AutoModel; Transformers loads a repository's config class a second time
+        AutoModel.register(type(config), MCModel, exist_ok=True)
         if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
             memory = MEMORIES[config.memory]
             self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
