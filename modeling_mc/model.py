@@ -146,6 +146,8 @@ class MCModel(MCPreTrainedModel):
         if mixer is None:
             return None
         layer = None if past is None else past.layers[mixer.layer_idx]
+        if layer is not None:  # before its positions are used
+            layer.check(mixer.cache_signature, len(inputs_embeds))
         device, known = inputs_embeds.device, layer is not None and layer.is_initialized
         table = SegmentTable.build(
             *inputs_embeds.shape[:2],
