@@ -98,7 +98,7 @@ def _usage(repo_id: str, auto_class: str, has_tokenizer: bool) -> str:
         return f"from transformers import {auto_class}\n\n{load}"
     return "\n".join([
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)',
         load,
         'inputs = tokenizer("Memory caching", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
