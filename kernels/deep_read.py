@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .common import compute_dtype, register_op
-from .deep_common import Norm, gelu_backward
+from .deep_common import Norm, gelu_backward, per_head
 from .segment_read import Blocks, Gates
 from .selected_read import Tiles
 
@@ -24,76 +24,73 @@ class _Inner:
         self.norm = Norm(torch.bmm(self.hidden, w1), norm)
         self.n = self.norm.n
 
-    def backward(self, grad_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of x, w2 and w1."""
+    def backward(self, grad_n: torch.Tensor, grad_w2: torch.Tensor, grad_w1: torch.Tensor) -> torch.Tensor:
+        """Gradient of x; those of w2 and w1 are added to the arguments."""
         grad_r = self.norm.backward(grad_n)
+        grad_w1.baddbmm_(self.hidden.transpose(1, 2), grad_r)
         grad_z = gelu_backward(torch.bmm(grad_r, self.w1.transpose(1, 2)), self.z)
-        grad_w1 = torch.bmm(self.hidden.transpose(1, 2), grad_r)
-        return torch.bmm(grad_z, self.w2.transpose(1, 2)), torch.bmm(self.x.transpose(1, 2), grad_z), grad_w1
+        grad_w2.baddbmm_(self.x.transpose(1, 2), grad_z)
+        return torch.bmm(grad_z, self.w2.transpose(1, 2))
 
 
 class _Reader:
     """Reads of all memories of a batch with given gates, block by block.
 
-    Shapes: G = rows x heads, T tokens of a block, s memories of a block; q `[G, N * W, d]`, maps `[G, S, ...]`.
+    Shapes: G = rows x heads, T tokens and s memories of a block; q `[G, N * W, d]`, maps `[S, G, ...]`.
     """
 
     def __init__(self, q, w2, w1, scale, shift) -> None:
         self.dtype = compute_dtype(q)
         self.blocks = Blocks(q, w2.shape[1], w2.shape[-1])
         self.q = self.blocks.tokens(q, self.dtype)
-        self.w2, self.w1 = (self.blocks.memories(w, self.dtype) for w in (w2, w1))
+        self.w2, self.w1 = (w.to(self.dtype).transpose(0, 1).flatten(1, 2).contiguous() for w in (w2, w1))
         self.has_norm = scale is not None
-        self.scale = self._per_group(scale) if self.has_norm else 1.0
-        self.centre = self.q + self._per_group(shift) if self.has_norm else self.q  # what W_t multiplies
-
-    def _per_group(self, x: torch.Tensor) -> torch.Tensor:
-        """`[H, d]` to `[G, 1, d]`."""
-        return x.to(self.dtype).repeat(self.blocks.rows, 1)[:, None]
+        self.scale = per_head(scale, self.blocks.rows, self.dtype) if self.has_norm else 1.0
+        # what the sum of the gates multiplies
+        self.centre = self.q + per_head(shift, self.blocks.rows, self.dtype) if self.has_norm else self.q
 
     def _inner(self, tokens: slice, read: slice) -> _Inner:
-        w2, w1 = self.w2[:, read], self.w1[:, read]
-        x = self.q[:, None, tokens].expand(-1, w2.shape[1], -1, -1)
+        w2, w1 = self.w2[read], self.w1[read]
+        x = self.q[:, tokens].expand(len(w2), -1, -1, -1)
         return _Inner(x.flatten(0, 1), w2.flatten(0, 1), w1.flatten(0, 1), self.has_norm)
 
     def block(self, tokens: slice, gates: torch.Tensor) -> torch.Tensor:
         """The answers `[G, T, d]` of one block of tokens with gates `[G, T, V]`."""
         total = torch.zeros_like(self.q[:, tokens])
         for read in self.blocks.reads(gates.shape[-1]):
-            n = self._inner(tokens, read).n.unflatten(0, (len(gates), -1))
-            total += (n * gates[..., read].transpose(1, 2)[..., None]).sum(1)
+            n = self._inner(tokens, read).n.unflatten(0, (-1, len(gates)))
+            total += (n * gates[..., read].permute(2, 0, 1)[..., None]).sum(0)
         return gates.sum(-1, keepdim=True) * self.centre[:, tokens] + self.scale * total
 
     def begin_backward(self, grad_out: torch.Tensor) -> None:
         self.grad_out = self.blocks.tokens(grad_out, self.dtype)
-        self.grad_q, self.grad_w2, self.grad_w1 = (torch.zeros_like(x) for x in (self.q, self.w2, self.w1))
+        self.grad_q, self.grad_w2, self.grad_w1 = (x.new_zeros(x.shape) for x in (self.q, self.w2, self.w1))
         self.grad_scale, self.grad_shift = (torch.zeros_like(self.q[:, 0]) for _ in range(2))
 
     def block_backward(self, tokens: slice, gates: torch.Tensor) -> torch.Tensor:
         """Gradient `[G, T, V]` of the gates; those of q and of the parameters add up inside."""
         grad = self.grad_out[:, tokens]
         scaled, total = grad * self.scale, torch.zeros_like(grad)
-        grad_gates = (grad * self.centre[:, tokens]).sum(-1, keepdim=True).expand_as(gates).contiguous()
-        self.grad_q[:, tokens] += gates.sum(-1, keepdim=True) * grad
+        grad_gates = (grad * self.centre[:, tokens]).sum(-1, keepdim=True).repeat(1, 1, gates.shape[-1])
+        grad_q = gates.sum(-1, keepdim=True) * grad
         for read in self.blocks.reads(gates.shape[-1]):
-            inner, weight = self._inner(tokens, read), gates[..., read].transpose(1, 2)[..., None]  # [G, s, T, 1]
-            n = inner.n.unflatten(0, (len(gates), -1))
-            total += (n * weight).sum(1)
-            grad_gates[..., read] += (n * scaled[:, None]).sum(-1).transpose(1, 2)
-            grad_x, grad_w2, grad_w1 = inner.backward((weight * scaled[:, None]).flatten(0, 1))
-            self.grad_q[:, tokens] += grad_x.view_as(n).sum(1)
-            self.grad_w2[:, read] += grad_w2.view_as(self.w2[:, read])
-            self.grad_w1[:, read] += grad_w1.view_as(self.w1[:, read])
+            inner, weight = self._inner(tokens, read), gates[..., read].permute(2, 0, 1)[..., None]  # [s, G, T, 1]
+            n = inner.n.unflatten(0, (-1, len(gates)))
+            total += (n * weight).sum(0)
+            grad_gates[..., read] += (n * scaled).sum(-1).permute(1, 2, 0)
+            maps = self.grad_w2[read].flatten(0, 1), self.grad_w1[read].flatten(0, 1)
+            grad_q += inner.backward((weight * scaled).flatten(0, 1), *maps).view_as(n).sum(0)
+        self.grad_q[:, tokens] += grad_q
         self.grad_scale += (total * grad).sum(1)
         self.grad_shift += (gates.sum(-1, keepdim=True) * grad).sum(1)
         return grad_gates
 
     def gradients(self, q, w2, w1, scale, shift) -> tuple[torch.Tensor, ...]:
         """Of q, w2, w1, scale and shift, in their layouts and dtypes."""
+        maps = zip((self.grad_w2, self.grad_w1), (w2, w1), strict=True)
         return (
             self.blocks.untokens(self.grad_q, q.dtype),
-            self.blocks.unmemories(self.grad_w2, w2.dtype),
-            self.blocks.unmemories(self.grad_w1, w1.dtype),
+            *(g.unflatten(1, (len(w), -1)).transpose(0, 1).to(w.dtype).contiguous() for g, w in maps),
             *_norm_gradients(self.grad_scale, self.grad_shift, scale, shift, q),
         )
 
@@ -342,16 +339,15 @@ def deep_selected_read_backward_torch(
     """Gradients of q, weights, w2, w1, scale and shift (empty tensors without a norm)."""
     reader = _TileReader(q, weights, w2, w1, scale, shift, index)
     tiles, grad = reader.tiles, grad_out.to(reader.dtype).flatten(0, 3)
-    pair_weight = reader.weights.new_zeros(tiles.spare + 1)
-    pair_weight[tiles.slot] = reader.weights.flatten()[tiles.pair]
-    grad_n = tiles.gather(grad * reader.scale) * pair_weight[:-1].view(tiles.num, tiles.size, 1)
+    grad_n = tiles.gather(grad * reader.scale).mul_(tiles.spread(reader.weights))
     n, grad_x = torch.empty_like(reader.x), torch.empty_like(reader.x)
     grad_w2, grad_w1 = torch.zeros_like(reader.w2), torch.zeros_like(reader.w1)
     for step, memory, inner in reader.steps():
         n[step] = inner.n
-        grad_x[step], step_w2, step_w1 = inner.backward(grad_n[step])
-        grad_w2.index_add_(0, memory, step_w2)
-        grad_w1.index_add_(0, memory, step_w1)
+        maps = torch.zeros_like(inner.w2), torch.zeros_like(inner.w1)
+        grad_x[step] = inner.backward(grad_n[step], *maps)
+        for grad_map, found in zip((grad_w2, grad_w1), maps, strict=True):
+            grad_map.index_add_(0, memory, found)
     n = tiles.scatter(n)
     total = reader.weights.sum(-1, keepdim=True)
     grad_weights = (n @ (grad * reader.scale)[..., None])[..., 0] + (grad * reader.centre).sum(-1, keepdim=True)
