@@ -2,10 +2,12 @@
 """MCMixer: project → write → read → output, over one segment table."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from ..configuration_mc import MCConfig
 from ..kernels.common import compute_dtype
@@ -14,7 +16,7 @@ from .cache import MCCacheLayer
 from .fenwick import FenwickHistory
 from .history import History, Level
 from .least_read import LeastReadHistory
-from .memories import MEMORIES, Memory
+from .memories import MEMORIES, Bias, Memory
 from .segments import SegmentTable
 
 
@@ -22,6 +24,7 @@ from .segments import SegmentTable
 CACHE_FIELDS = (
     "memory", "aggregation", "segmentation", "segment_size", "state_init", "gate_source", "segment_summary",
     "summaries_per_segment", "memory_chunk_size", "memory_expansion", "conv_kernel_size", "max_cached_segments",
+    "vector_read",
 )  # fmt: skip
 
 
@@ -83,7 +86,8 @@ class MCMixer(nn.Module):
             self.u_proj = nn.Linear(width, self.num_heads * config.summary_dim, bias=False)
         for name in self.memory.gate_names:
             self.add_module(f"{name}_proj", nn.Linear(width, self.num_heads, bias=False))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(self.num_heads)))
+            start = partial(init.constant_, val=self.memory.gate_bias.get(name, 0.0))
+            self.add_module(f"{name}_bias", Bias((self.num_heads,), start))
         if config.conv_kernel_size:
             for name, channels in (("q", keys), ("k", keys), ("v", values)):
                 conv = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels, bias=False)
@@ -121,7 +125,7 @@ class MCMixer(nn.Module):
             source = k if self.config.segment_summary == "keys" else self._heads(x)
         dtype = compute_dtype(x)
         raw = {
-            name: getattr(self, f"{name}_proj")(x).to(dtype) + getattr(self, f"{name}_bias").to(dtype)
+            name: getattr(self, f"{name}_proj")(x).to(dtype) + getattr(self, f"{name}_bias")(dtype)
             for name in self.memory.gate_names
         }
         return Projected(q, k, v, u, source, self.memory.gates(raw, k))

@@ -118,9 +118,6 @@ class MCPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, MCMixer):
-            for name in module.memory.gate_names:
-                init.constant_(getattr(module, f"{name}_bias"), module.memory.gate_bias.get(name, 0.0))
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights()  # memories, and their parts: each module with parameters of its own is asked
 

@@ -77,8 +77,8 @@ def family(**axes: list) -> list[dict]:
 def make_wild(model: nn.Module) -> nn.Module:
     """Weights with effect: a model as initialised is so tame that mistakes vanish in it."""
     for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):  # decays between 0.5 and 0.99, not all the same
-            kind = name.rsplit(".", 1)[1][0]
+        if name.endswith("_bias.bias"):  # decays between 0.5 and 0.99, not all the same
+            kind = name.rsplit(".", 2)[1][0]
             start = next(m.gate_bias.get(kind, 0.0) for m in model.modules() if hasattr(m, "gate_bias"))
             parameter.copy_(torch.randn_like(parameter) + start / 2)
         elif parameter.dim() == 1:  # norms, biases of linear maps

@@ -112,7 +112,7 @@ def test_gates_as_published(negative):
     config = small_config("gated_delta", allow_negative_eigenvalues=negative)
     memory = MEMORIES["gated_delta"](config)
     with torch.no_grad():
-        memory.A_log.copy_(torch.tensor([0.3, -1.0]))
+        memory.A_log.bias.copy_(torch.tensor([0.3, -1.0]))
     raw = {"a": randn(3, 2), "b": 5 * randn(3, 2)}
     gates = memory.gates(raw, randn(3, 2, 8))
     for h, rate in enumerate((math.exp(0.3), math.exp(-1.0))):
@@ -125,7 +125,7 @@ def test_gates_as_published(negative):
 def test_decays_at_the_start():
     """One per head between 0.85 and 0.99 a token, so that no head forgets at once and none never."""
     mixer = MCForCausalLM(small_config("gated_delta", num_attention_heads=4)).model.layers[0].mixer
-    raw = {"a": mixer.a_bias.detach(), "b": mixer.b_bias.detach()}
+    raw = {"a": mixer.a_bias.bias.detach(), "b": mixer.b_bias.bias.detach()}
     decay = mixer.memory.gates(raw, torch.zeros(4, 8))["log_decay"].exp()
     assert len(set(decay.tolist())) == 4
     assert 0.84 < decay.min() < 0.87 and 0.985 < decay.max() < 0.995
@@ -135,7 +135,7 @@ def test_the_decay_stays_in_single_precision(tmp_path):
     build(small_config("gated_delta")).save_pretrained(tmp_path)
     model = MCForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     mixer = model.model.layers[0].mixer
-    assert mixer.memory.A_log.dtype == mixer.a_bias.dtype == torch.float32
+    assert mixer.memory.A_log.bias.dtype == mixer.a_bias.bias.dtype == torch.float32
     assert mixer.q_proj.weight.dtype == torch.bfloat16
     assert model(tokens(1, 20)).logits.isfinite().all()
 

@@ -4,6 +4,7 @@
 To add a memory, write one file with a subclass and register it by one line in `memories/__init__.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,28 @@ class Trace:
         raise NotImplementedError
 
 
+class Bias(nn.Module):
+    """A learned constant that stays in fp32 in a half-precision model: a gate's bias, a decay rate, M_0.
+
+    A module of its own, so that FSDP2 can shard it apart from parameters of another dtype and gather it when it is
+    called; and its parameter is a `bias`, which Transformers' Trainer leaves out of weight decay.
+
+    Args:
+        start: fills the parameter with its initial value, in place.
+    """
+
+    def __init__(self, shape: tuple[int, ...], start: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.start = start
+        self.bias = nn.Parameter(torch.empty(shape))
+
+    def init_weights(self) -> None:
+        self.start(self.bias)
+
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.bias.to(dtype, copy=True)  # the parameter itself may be freed after the call
+
+
 class Memory(nn.Module):
     """A write rule. Its state is a tuple of tensors `[num, H, ...]` in fp32 (float64 for float64 inputs).
 
@@ -45,7 +68,7 @@ class Memory(nn.Module):
         gate_bias: start value of each gate's bias.
         own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
             the chosen ones, and reads them with the online answer in the place of the query.
-        fp32_parameters: names of the memory's own parameters that stay in fp32 in a half-precision model.
+        fp32_parameters: names of the memory's own `Bias` modules.
     """
 
     gate_names: tuple[str, ...] = ()
@@ -142,4 +165,4 @@ class Memory(nn.Module):
         raise NotImplementedError
 
 
-__all__ = ["Memory", "State", "Trace", "compute_dtype"]
+__all__ = ["Bias", "Memory", "State", "Trace", "compute_dtype"]

@@ -8,6 +8,7 @@ Subclasses choose the loss l, and whether there are momentum b and decay a. Maps
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...kernels.chunks import Decay
+from ...kernels.common import autocast_off
 from ...kernels.deep_common import EPS, gelu_backward
 from ...kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
 from ...kernels.deep_write import ANSWER, NOTHING, deep_write
 from ..segments import SegmentTable
-from .base import Memory, State, Trace, compute_dtype
+from .base import Bias, Memory, State, Trace, compute_dtype
 
 
 PIECE = 16  # inner chunks of one `deep_write`: autograd keeps the maps between two pieces and nothing inside of one
@@ -103,8 +105,21 @@ class DeepTrace(Trace):
         if read == self.ready[0] and x is self.ready[1]:
             return self.ready[2]
         parts = zip(self.layout.tokens(x), self.calls, strict=True)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device):
             return self.layout.join([deep_write(part, *call, self.loss, read)[0] for part, call in parts])
+
+
+class HeadNorm(nn.Module):
+    """Scale and shift `[H, d]` of a layer norm per head."""
+
+    def __init__(self, num_heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, width))
+        self.bias = nn.Parameter(torch.empty(num_heads, width))
+
+    def init_weights(self) -> None:
+        init.ones_(self.weight)
+        init.zeros_(self.bias)
 
 
 class DeepMemory(Memory):
@@ -126,20 +141,17 @@ class DeepMemory(Memory):
         self.chunk = config.memory_chunk_size
         # soup reads map by map, and segments of other lengths (logarithmic) are written but not answered
         self.answered, self.first_read = config.segment_size, 0 if config.aggregation == "soup" else ANSWER
-        self.initial_state_0 = nn.Parameter(torch.empty(self.num_heads, self.key_dim, hidden))
-        self.initial_state_1 = nn.Parameter(torch.empty(self.num_heads, hidden, self.value_dim))
-        for name, fill in (("norm_weight", torch.ones), ("norm_bias", torch.zeros)):
-            shape = (self.num_heads, self.value_dim)
-            self.register_parameter(name, nn.Parameter(fill(shape)) if config.memory_head_norm else None)
-
-    def init_weights(self) -> None:
         # not zero: a memory that starts at zero never learns; and not small: a first step moves the answers by about
         # eta / std^2 of their size
-        for maps in (self.initial_state_0, self.initial_state_1):
-            init.normal_(maps, std=self.key_dim**-0.5)
-        if self.norm_weight is not None:
-            init.ones_(self.norm_weight)
-            init.zeros_(self.norm_bias)
+        start = partial(init.normal_, std=self.key_dim**-0.5)
+        self.initial_state_0 = Bias((self.num_heads, self.key_dim, hidden), start)
+        self.initial_state_1 = Bias((self.num_heads, hidden, self.value_dim), start)
+        self.head_norm = HeadNorm(self.num_heads, self.value_dim) if config.memory_head_norm else None
+
+    @property
+    def norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and shift `[H, dv]` of the layer norm at the end of a read, or None."""
+        return (None, None) if self.head_norm is None else (self.head_norm.weight, self.head_norm.bias)
 
     @property
     def align(self) -> int:
@@ -158,7 +170,7 @@ class DeepMemory(Memory):
     # --------------------------------------------------------------------------------------------------- the state
     def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
         learned = (self.initial_state_0, self.initial_state_1)
-        maps = tuple(part.to(device, dtype).expand(num, -1, -1, -1) for part in learned)
+        maps = tuple(part(dtype).to(device).expand(num, -1, -1, -1) for part in learned)
         momentum = tuple(torch.zeros_like(part) for part in maps) if self.momentum else ()
         return (*maps, *maps, *momentum, torch.zeros(num, self.num_heads, device=device, dtype=dtype))
 
@@ -167,7 +179,7 @@ class DeepMemory(Memory):
         w2, w1, c2, c1, *momentum, count = state
         begins = (count == 0)[..., None, None]
         c2, c1 = torch.where(begins, w2, c2), torch.where(begins, w1, c1)
-        with torch.autocast(k.device.type, enabled=False):
+        with autocast_off(k.device):
             grads = self._gradients(k.to(w2.dtype)[..., None, :], v.to(w2.dtype)[..., None, :], c2, c1)
         added = [-gates["step"][..., None, None] * grad for grad in grads]
         if self.momentum:
@@ -190,15 +202,16 @@ class DeepMemory(Memory):
 
     def _norm_backward(self, r: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of r from that of `finish(q, r)`."""
-        if self.norm_weight is None:
+        weight, _ = self.norm
+        if weight is None:
             return grad
         n, s = normalized(r)
-        g = grad * self.norm_weight.to(r.dtype)
+        g = grad * weight.to(r.dtype)
         return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / s
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         w2, w1 = state
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device):
             x = q.to(w2.dtype)
             return self.finish(x, (F.gelu(x[..., None, :] @ w2) @ w1)[..., 0, :])
 
@@ -206,7 +219,7 @@ class DeepMemory(Memory):
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
         layout = Layout(*q.shape[:3], self.chunk, carry)
         read = self.first_read if table.segment_size == self.answered else NOTHING
-        norm = (self.norm_weight, self.norm_bias)
+        norm = self.norm
         maps = self._start(layout, state, q.device, compute_dtype(q))
         calls, answers, ends = [], [], []
         for number, (queries, inputs, begun) in enumerate(self._inputs(layout, q, k, v, gates, table)):
@@ -233,7 +246,7 @@ class DeepMemory(Memory):
         """Per call: queries; keys, values and coefficients; which chunks hold a token `[B, chunks]`."""
         valid = layout.chunked(table.valid)
         gates = {name: layout.chunked(gate).movedim(-1, -2) for name, gate in gates.items()}
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q.device):
             coefficients = self.coefficients(gates, valid[..., None, :])
         cut = (layout.tokens(k), layout.tokens(v), *map(layout.cut, coefficients))
         return zip(layout.tokens(q), zip(*cut, strict=True), layout.cut(valid.any(-1)), strict=True)
@@ -263,16 +276,14 @@ class DeepMemory(Memory):
         return F.gelu(z)
 
     def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        if self.norm_weight is None:
-            return q + r
-        return q + normalized(r)[0] * self.norm_weight.to(r.dtype) + self.norm_bias.to(r.dtype)
+        weight, bias = self.norm
+        return q + (r if weight is None else normalized(r)[0] * weight.to(r.dtype) + bias.to(r.dtype))
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        norm = (self.norm_weight, self.norm_bias)
-        return deep_read(q, u, *states, summaries, online_logit, *norm, birth, first, function)
+        return deep_read(q, u, *states, summaries, online_logit, *self.norm, birth, first, function)
 
     def selected_read(self, q, weights, states, index):
-        return deep_selected_read(q, weights, *states, self.norm_weight, self.norm_bias, index)
+        return deep_selected_read(q, weights, *states, *self.norm, index)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
-        return deep_constant_read(q, *states, self.norm_weight, self.norm_bias, visible)
+        return deep_constant_read(q, *states, *self.norm, visible)

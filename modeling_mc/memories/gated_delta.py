@@ -2,14 +2,18 @@
 """Gated delta rule: S_t = a_t S_{t-1} + b_t k_t (v_t - a_t S_{t-1}^T k_t)^T (Gated DeltaNet, arXiv 2412.06464)."""
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...kernels.delta_write import delta_write, fla_rule, fla_write
 from ..segments import SegmentTable
-from .base import State, Trace
+from .base import Bias, State, Trace
 from .matrix import MatrixMemory
+
+
+def spread_rates(A_log: torch.Tensor) -> None:
+    """Heads forget at rates A = 1 ... 16 at the start."""
+    init.copy_(A_log, torch.logspace(0, 4, len(A_log), base=2).log())
 
 
 class GatedDeltaMemory(MatrixMemory):
@@ -27,13 +31,10 @@ class GatedDeltaMemory(MatrixMemory):
     def __init__(self, config) -> None:
         super().__init__(config)
         self.config = config
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
-
-    def init_weights(self) -> None:
-        init.copy_(self.A_log, torch.logspace(0, 4, self.num_heads, base=2).log())
+        self.A_log = Bias((self.num_heads,), spread_rates)
 
     def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
-        decay = self.A_log.to(raw["a"].dtype).exp() * F.softplus(raw["a"])
+        decay = self.A_log(raw["a"].dtype).exp() * F.softplus(raw["a"])
         strength = raw["b"].sigmoid()
         return {"log_decay": -decay, "write": 2 * strength if self.config.allow_negative_eigenvalues else strength}
 
