@@ -4,6 +4,7 @@
 in the working directory would be found instead of it.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -26,6 +27,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """States, gates and accumulation: fp32 for every half precision, float64 stays float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def budget(device: torch.device, elements: int) -> int:
+    """Elements of the largest temporaries of one block: small enough for a CPU's caches, large enough for a GPU."""
+    return elements if device.type == "cpu" else elements * 64
 
 
 def triton_interpreted() -> bool:
@@ -95,12 +101,18 @@ def _custom_op(name: str, function: Callable, fake: Callable, triton: str | None
     return op
 
 
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    """A region without autocast; the meta device, on which sizes are computed, knows none."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def without_autocast(function: Callable) -> Callable:
     """`function` with autocast off: an op chooses the dtype of its products itself, also inside an autocast region."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with torch.autocast(args[0].device.type, enabled=False):
+        with autocast_off(args[0].device):
             return function(*args, **kwargs)
 
     return run

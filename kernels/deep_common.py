@@ -51,8 +51,3 @@ class Norm:
 def per_head(x: torch.Tensor | None, rows: int, dtype: torch.dtype) -> torch.Tensor | None:
     """`[H, d]` to `[rows * H, 1, d]`."""
     return None if x is None else x.to(dtype).expand(rows, *x.shape).reshape(-1, 1, x.shape[-1])
-
-
-def budget(device: torch.device, elements: int) -> int:
-    """Elements of the largest temporaries of one block: small enough for a CPU's caches, large enough for a GPU."""
-    return elements if device.type == "cpu" else elements * 64

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from .common import compute_dtype, register_op
-from .deep_common import Norm, budget, gelu_backward, gelu_second, per_head
+from .common import budget, compute_dtype, register_op
+from .deep_common import Norm, gelu_backward, gelu_second, per_head
 
 
 BUDGET = 2**22

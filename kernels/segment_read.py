@@ -8,10 +8,10 @@ answer. Gates are recomputed in the backward: nothing of size tokens x segments 
 
 import torch
 
-from .common import compute_dtype, register_op
+from .common import budget, compute_dtype, register_op
 
 
-BUDGET = 2**22  # elements of the largest temporary, tokens x segments x head width, of one block
+BUDGET = 2**19  # elements of the largest temporary, tokens x segments x head width, of one block
 
 
 def gate_logits(u: torch.Tensor, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -37,8 +37,9 @@ class Blocks:
         self.cached = num_memories - self.num
         self.groups = self.rows * self.heads
         per_pair = max(1, self.groups * self.width * pair_width)
-        self.query_step = max(1, min(self.num, BUDGET // (per_pair * 8)))
-        self.read_step = max(1, BUDGET // (per_pair * self.query_step))
+        elements = budget(q.device, BUDGET)
+        self.query_step = max(1, min(self.num, elements // (per_pair * 8)))
+        self.read_step = max(1, elements // (per_pair * self.query_step))
 
     def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[R, N, W, H, ...]` to `[G, N * W, ...]`."""
@@ -180,8 +181,9 @@ def segment_read_backward_torch(
         grad_gates = torch.empty_like(gates)
         for read in blocks.reads(visible):
             back = torch.einsum("gtv,gskv->gtsk", go[:, tokens], sg[:, read])
-            grad_gates[..., read] = torch.einsum("gtsk,gtk->gts", back, qg[:, tokens])
-            grad_q[:, tokens] += torch.einsum("gts,gtsk->gtk", gates[..., read], back)
+            # products and sums: as matrix products the many tiny matrices would be slow
+            grad_gates[..., read] = (back * qg[:, tokens, None]).sum(-1)
+            grad_q[:, tokens] += back.mul_(gates[..., read, None]).sum(-2)
             mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
             grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).view_as(sg[:, read])
         gates_of.block_backward(tokens, gates, choice, grad_gates)

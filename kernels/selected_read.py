@@ -6,11 +6,11 @@ is fetched once per tile and k products per token are computed, whatever the num
 
 import torch
 
-from .common import compute_dtype, register_op
+from .common import budget, compute_dtype, register_op
 from .segment_read import gate_logits
 
 
-ROUTE_BUDGET = 2**22  # elements of one block of scores, tokens x segments
+ROUTE_BUDGET = 2**19  # elements of one block of scores, tokens x segments
 
 
 def segment_route_torch(
@@ -23,15 +23,15 @@ def segment_route_torch(
     ug = u.to(compute_dtype(u)).movedim(3, 1).reshape(groups, num, width, -1)
     zg = summaries.to(ug.dtype).movedim(2, 1).reshape(groups, memories, *summaries.shape[3:])
     chosen = torch.empty(groups, num, width, top_k, dtype=torch.int64, device=u.device)
-    slot = torch.arange(memories, device=u.device)
-    step = max(1, ROUTE_BUDGET // max(1, groups * width * memories))
+    step = max(1, budget(u.device, ROUTE_BUDGET) // max(1, groups * width * memories))
     for start in range(0, num, step):
         stop = min(start + step, num)
-        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg)
-        rank = torch.arange(start, stop, device=u.device)
-        hidden = (birth[:, None] > rank[:, None]) | (slot < first[:, start:stop, None])
+        visible = max(top_k, memories - num + stop)  # later memories are hidden from all of this block
+        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg[:, :visible])
+        rank, slot = torch.arange(start, stop, device=u.device), torch.arange(visible, device=u.device)
+        hidden = (birth[:, None, :visible] > rank[:, None]) | (slot < first[:, start:stop, None])
         hidden = hidden.repeat_interleave(heads, 0)[:, :, None]
-        logits = logits.view(groups, stop - start, width, memories).masked_fill(hidden, float("-inf"))
+        logits = logits.view(groups, stop - start, width, visible).masked_fill_(hidden, float("-inf"))
         best = logits.topk(top_k, dim=-1)
         chosen[:, start:stop] = best.indices.masked_fill(best.values == float("-inf"), -1)
     return chosen.view(rows, heads, num, width, top_k).movedim(1, 3).contiguous()
@@ -60,45 +60,48 @@ def segment_route(
 
 
 class Tiles:
-    """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory."""
+    """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory.
+
+    The last tile belongs to nobody: pairs without a memory find their answer there, which is zero.
+    """
 
     def __init__(self, index: torch.Tensor, num_memories: int) -> None:
-        rows, num, width, heads, top_k = index.shape
-        device = index.device
+        rows, num, width, heads, self.top_k = index.shape
+        device, on_cpu = index.device, index.device.type == "cpu"
         row = torch.arange(rows, device=device).view(-1, 1, 1, 1, 1)
         head = torch.arange(heads, device=device).view(-1, 1)
-        self.groups = rows * num_memories * heads
-        key = torch.where(index < 0, self.groups, (row * num_memories + index) * heads + head).flatten()
-        sorted_key, self.pair = key.sort(stable=True)
-        counts = torch.bincount(key, minlength=self.groups + 1)[: self.groups]
-        average = key.numel() // max(1, self.groups)
-        self.size = max(16, min(256, 1 << max(average, 1).bit_length()))
+        groups = rows * num_memories * heads
+        key = torch.where(index < 0, groups, (row * num_memories + index) * heads + head).flatten()
+        key, pair = key.sort(stable=True)
+        counts = torch.bincount(key, minlength=groups + 1)[:groups]
+        average = key.numel() // max(1, groups)
+        self.size = max(16, min(256, 1 << max(average - 1, 1).bit_length()))
         tiles = (counts + self.size - 1) // self.size
-        first_tile, first_pair = tiles.cumsum(0) - tiles, counts.cumsum(0) - counts
+        last_tile, last_pair = tiles.cumsum(0), counts.cumsum(0)
         # on a GPU the number of tiles stays an upper bound: reading it back would stall the queue
-        self.num = int(tiles.sum()) if device.type == "cpu" else key.numel() // self.size + self.groups
-        clamped = sorted_key.clamp(max=self.groups - 1)
-        offset = torch.arange(key.numel(), device=device) - first_pair[clamped]
-        slot = first_tile[clamped] * self.size + offset
-        self.spare = self.num * self.size  # pairs without a memory land in one extra slot
-        self.slot = torch.where(sorted_key < self.groups, slot, self.spare)
-        self.memory = torch.repeat_interleave(tiles) if device.type == "cpu" else torch.searchsorted(
-            tiles.cumsum(0), torch.arange(self.num, device=device), right=True
-        ).clamp(max=self.groups - 1)
-        self.top_k = top_k
+        self.num = 1 + (int(last_tile[-1]) if on_cpu else key.numel() // self.size + groups)
+        tile = torch.arange(self.num, device=device)
+        self.memory = torch.searchsorted(last_tile, tile, right=True).clamp(max=groups - 1)
+        known = key.clamp(max=groups - 1)
+        rank = torch.arange(len(key), device=device) - (last_pair - counts)[known]  # of a pair in its memory
+        slot = torch.where(key < groups, (last_tile - tiles)[known] * self.size + rank, self.num * self.size - 1)
+        self.place = torch.empty_like(slot).index_copy_(0, pair, slot)
+        source = torch.full_like(tile, -1).repeat_interleave(self.size).index_copy_(0, slot, pair)
+        source[-1] = -1
+        self.filled, self.source = source >= 0, source.clamp(min=0)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """One row per token and head `[P, d]` to `[tiles, size, d]`."""
-        out = x.new_zeros(self.spare + 1, x.shape[-1])
-        out[self.slot] = x[self.pair // self.top_k]
-        return out[:-1].view(self.num, self.size, x.shape[-1])
+        """One row per token and head `[P, d]` to `[tiles, size, d]`; any row where there is no pair."""
+        return x.index_select(0, self.source // self.top_k).view(self.num, self.size, x.shape[-1])
+
+    def spread(self, weights: torch.Tensor) -> torch.Tensor:
+        """A number per pair `[P, k]` to `[tiles, size, 1]`; zero where there is no pair."""
+        return (weights.flatten()[self.source] * self.filled).view(self.num, self.size, 1)
 
     def scatter(self, y: torch.Tensor) -> torch.Tensor:
-        """`[tiles, size, d]` back to one row per pair `[P, k, d]`; zero where there was no memory."""
-        flat = torch.cat([y.reshape(-1, y.shape[-1]), y.new_zeros(1, y.shape[-1])])
-        out = torch.empty(self.pair.numel(), y.shape[-1], dtype=y.dtype, device=y.device)
-        out[self.pair] = flat[self.slot]
-        return out.view(-1, self.top_k, y.shape[-1])
+        """`[tiles, size, d]`, whose last tile is cleared, to one row per pair `[P, k, d]`."""
+        y[-1] = 0
+        return y.flatten(0, 1).index_select(0, self.place).view(-1, self.top_k, y.shape[-1])
 
 
 def selected_read_torch(
@@ -107,8 +110,8 @@ def selected_read_torch(
     """See `selected_read`."""
     dtype, tiles = compute_dtype(q), Tiles(index, states.shape[1])
     flat = states.to(dtype).flatten(0, 2)
-    answers = tiles.scatter(tiles.gather(q.to(dtype).flatten(0, 3)) @ flat[tiles.memory])
-    out = (weights.to(dtype).flatten(0, 3)[:, None] @ answers).squeeze(1)
+    answers = tiles.scatter(tiles.gather(q.to(dtype).flatten(0, 3)) @ flat.index_select(0, tiles.memory))
+    out = answers.mul_(weights.to(dtype).flatten(0, 3)[..., None]).sum(1)
     return out.view(*q.shape[:-1], states.shape[-1]).to(q.dtype)
 
 
@@ -118,15 +121,13 @@ def selected_read_backward_torch(
     """Gradients of q, weights and states."""
     dtype, tiles = compute_dtype(q), Tiles(index, states.shape[1])
     flat = states.to(dtype).flatten(0, 2)
-    chosen = flat[tiles.memory]
+    chosen = flat.index_select(0, tiles.memory)
     flat_q, flat_w = q.to(dtype).flatten(0, 3), weights.to(dtype).flatten(0, 3)
     grads = tiles.gather(grad_out.to(dtype).flatten(0, 3))
     back = tiles.scatter(grads @ chosen.transpose(-1, -2))  # S_i do_t, one row per pair
-    grad_w = (back @ flat_q[..., None]).squeeze(-1)
-    grad_q = (flat_w[:, None] @ back).squeeze(1)
-    pair_weight = flat_w.new_zeros(tiles.spare + 1)
-    pair_weight[tiles.slot] = flat_w.flatten()[tiles.pair]
-    weighted = tiles.gather(flat_q) * pair_weight[:-1].view(tiles.num, tiles.size, 1)
+    grad_w = (back * flat_q[:, None]).sum(-1)
+    grad_q = back.mul_(flat_w[..., None]).sum(1)
+    weighted = tiles.gather(flat_q).mul_(tiles.spread(flat_w))
     grad_states = torch.zeros_like(flat).index_add_(0, tiles.memory, weighted.transpose(-1, -2) @ grads)
     return (
         grad_q.view_as(q).to(q.dtype),
