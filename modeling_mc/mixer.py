@@ -138,12 +138,13 @@ class MCMixer(nn.Module):
             self.history.grow(before, table.num_tokens)
         bound = table.num_tokens if layer is None else layer.bound(table.num_tokens)
         levels, trace, logit = [], None, None
+        q, u = table.to_grid(parts.q), None if parts.u is None else table.to_grid(parts.u)
         for bit in range(self.history.num_levels(bound, layer is not None)):
             coarse = table.coarser(1 << bit)
             k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
             gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
             state = before and tuple(part[:, bit] for part in before.group("state"))
-            written = self.memory.write(coarse.to_grid(parts.q), k, v, gates, coarse, state, self.carry)
+            written = self.memory.write(coarse.to_grid(parts.q) if bit else q, k, v, gates, coarse, state, self.carry)
             trace = trace or written  # only level 0 answers
             sums = None
             if parts.u is not None:
@@ -153,7 +154,6 @@ class MCMixer(nn.Module):
                 online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
                 logit = online if logit is None else logit
             levels.append(Level(coarse, written.ends, sums))
-        q, u = table.to_grid(parts.q), None if parts.u is None else table.to_grid(parts.u)
 
         def gates_of(segment: int, summaries: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
             tokens = (None, None) if u is None else (u[:, segment], logit[:, segment])

@@ -262,6 +262,13 @@ def test_addition_trains_everything_but_the_query():
     assert without == {f"model.layers.0.mixer.{name}.weight" for name in ("q_proj", "q_conv", "u_proj")}
 
 
+def test_the_other_read_refuses_the_cache():
+    """Its cache may hold no summaries."""
+    cache = build(small_config("lstm", vector_read="add"))(tokens(1, 9), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="vector_read='add', here 'multiply'"):
+        build(small_config("lstm"))(tokens(1, 9), past_key_values=cache)
+
+
 # --------------------------------------------------------------------------------------------- the gated sum's op
 def sum_inputs() -> tuple:
     visible = torch.tensor([[[0, 0, 0], [1, 0, 0], [1, 1, 0]], [[0, 0, 0], [0, 0, 1], [0, 1, 1]]]).bool()
