@@ -43,7 +43,7 @@ class Blocks:
 
     def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[R, N, W, H, ...]` to `[G, N * W, ...]`."""
-        return x.to(dtype).movedim(3, 1).reshape(self.groups, self.num * self.width, *x.shape[4:])
+        return x.to(dtype).movedim(3, 1).reshape(self.groups, self.num * self.width, *x.shape[4:]).contiguous()
 
     def memories(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[R, S, H, ...]` to `[G, S, ...]`."""
