@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from huggingface_hub import get_token
 
@@ -31,6 +32,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
     from .. import MCCache
+    from ..modeling_mc.memory_file import FILE as MEMORY_FILE
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     tokenizer = load_tokenizer(args.checkpoint, args.revision)
@@ -39,26 +41,34 @@ def run_generate(args: argparse.Namespace) -> None:
         raise ValueError("the prompt has no tokens: give --prompt or text on stdin")
     model = load_model(args.checkpoint, args.dtype, args.device, args.revision, head="MCForCausalLM")
     set_seed(args.seed)
-    cache = MCCache(config=model.config)
+    remembered = args.memory is not None and (Path(args.memory) / MEMORY_FILE).exists()
+    cache = MCCache.from_pretrained(args.memory, model) if remembered else MCCache(config=model.config)
+    seen = int(cache.get_seq_length())
     sampling = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    length = inputs["input_ids"].shape[1]
+    # generate() wants the ids of remembered tokens too, counts them, and reads only what comes after them
+    ids = torch.nn.functional.pad(inputs["input_ids"], (seen, 0)).to(model.device)
+    if not args.skip_prompt:
+        print(prompt, end="", flush=True)
     start = time.perf_counter()
     output = model.generate(
-        inputs["input_ids"].to(model.device),
-        attention_mask=torch.ones_like(inputs["input_ids"]).to(model.device),
+        ids,
+        attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=args.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=args.skip_prompt, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
-    seconds, new = time.perf_counter() - start, output.shape[1] - length
+    seconds, new = time.perf_counter() - start, output.shape[1] - ids.shape[1]
+    before = f"{seen} remembered + " if seen else ""
     print(
-        f"[{length} + {new} tokens in {seconds:.1f} s; cache: {cache.num_segments} finished segments, "
-        f"{info.human_bytes(cache.nbytes)}]",
+        f"[{before}{ids.shape[1] - seen} + {new} tokens in {seconds:.1f} s; cache: {cache.num_segments} finished "
+        f"segments, {info.human_bytes(cache.nbytes)}]",
         file=sys.stderr,
     )
+    if args.memory is not None and not args.keep_memory:
+        cache.save_pretrained(args.memory, model)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -145,6 +155,8 @@ def _generate_parser(commands) -> None:
         **_examples(
             'generate outputs/demo/model --prompt "The with statement"',
             "generate me/my-model --temperature 0 --max-new-tokens 400 < prompt.txt",
+            "generate me/my-model --memory notes --max-new-tokens 1 < book.txt",
+            'generate me/my-model --memory notes --keep-memory --prompt "Who"',
         ),
     )
     _add_checkpoint(parser)
@@ -154,6 +166,10 @@ def _generate_parser(commands) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest (%(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among this probability mass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    parser.add_argument(
+        "--memory", metavar="FOLDER", help="go on from the memory in this folder, if there is one, and write it there"
+    )
+    parser.add_argument("--keep-memory", action="store_true", help="do not write to the folder of --memory")
     parser.add_argument("--skip-prompt", action="store_true", help="print the continuation only")
     _add_compute(parser)
     parser.set_defaults(run=run_generate)

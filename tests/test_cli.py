@@ -45,7 +45,7 @@ def test_env_names_versions_and_ops(capsys):
         assert line in out
 
 
-@pytest.mark.parametrize("fields", family(state_init=["independent"]), ids=name_of)
+@pytest.mark.parametrize("fields", family(state_init=["independent"], aggregation=["none", "grm"]), ids=name_of)
 def test_cache_size_is_what_a_run_leaves(fields):
     config = small_config(**fields, num_hidden_layers=2)
     for length in (5, 3 * config.segment_size, 5 * config.segment_size + 3):
@@ -93,6 +93,23 @@ def test_generate_reads_stdin_and_repeats_by_seed(capsys, checkpoint, monkeypatc
         assert code == 0
         outputs.append(out)
     assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_generate_goes_on_from_a_memory(capsys, checkpoint, tmp_path):
+    """Text in two calls with a memory between them, against the whole text in one."""
+    memory, greedy = tmp_path / "memory", ("--temperature", 0, "--skip-prompt")
+    first, second = "Memory caching keeps", " one state"
+    read = ("generate", checkpoint, "--prompt", first, *greedy, "--max-new-tokens", 1, "--memory", memory)
+    code, out, err = run(capsys, *read)
+    assert code == 0 and "remembered" not in err
+    before = (memory / "memory.safetensors").read_bytes()
+    after = ("generate", checkpoint, "--prompt", second, *greedy, "--max-new-tokens", 9, "--memory", memory)
+    code, out, err = run(capsys, *after, "--keep-memory")
+    expected = run(capsys, "generate", checkpoint, "--prompt", first + second, *greedy, "--max-new-tokens", 9)[1]
+    assert code == 0 and out == expected and f"{len(first)} remembered + {len(second)} + 9 tokens" in err
+    assert (memory / "memory.safetensors").read_bytes() == before
+    assert run(capsys, *after)[1] == expected
+    assert (memory / "memory.safetensors").read_bytes() != before
 
 
 def test_eval_is_the_loss_of_the_model(capsys, checkpoint, tmp_path):
@@ -200,13 +217,18 @@ def test_a_token_is_never_printed(monkeypatch):
     assert cli.one_line(KeyError("x")) == "KeyError: 'x'"
 
 
-def test_as_a_module():
-    def call(*argv):
-        return subprocess.run([sys.executable, "-m", "mc_transformers", *argv], capture_output=True, text=True)
+def test_help_and_usage(capsys):
+    for command in ("env", "info", "generate", "eval", "bundle", "publish"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0 and f"examples:\n  mc-transformers {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["unknown"])
+    assert ended.value.code == 2
 
-    helped = call("--help")
-    assert helped.returncode == 0 and "examples:" in helped.stdout
-    failed = call("info", "/no/such/folder")
+
+def test_as_a_module():
+    argv = [sys.executable, "-m", "mc_transformers", "info", "/no/such/folder"]
+    failed = subprocess.run(argv, capture_output=True, text=True)
     assert failed.returncode == 1 and failed.stdout == ""
     assert failed.stderr.count("\n") == 1 and "/no/such/folder" in failed.stderr
-    assert call("unknown").returncode == 2
