@@ -69,8 +69,11 @@ def operand_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def dot_precision() -> str:
-    """How fp32 operands are multiplied: what `torch.set_float32_matmul_precision` says."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """How fp32 operands are multiplied: what `torch.set_float32_matmul_precision` says. "tf32x3" has fp32's accuracy
+    on NVIDIA's tensor cores."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3" if torch.version.hip is None else "ieee"
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def _unit_kernel(
     BEGIN: tl.constexpr, END: tl.constexpr, WRITE: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: (row, segment, piece, head) x blocks of DC. States are fp32 `[units, heads, DA, DC]`, or their
-    transpose. FLOW also gives, per token, what passes its sub-chunk's borders and D inside of it (see docs)."""
+    transpose. FLOW also gives x_t . y_t per token and block, and takes factors in two parts so that y is exact."""
     unit = tl.cast(tl.program_id(0) // heads, tl.int64)  # (row * num_segments + segment) * pieces + piece
     head = tl.program_id(0) % heads
     segment, piece = unit // pieces, unit % pieces
@@ -94,20 +94,19 @@ def _unit_kernel(
             else:
                 b_scores = tl.where(causal, b_scores, 0.0)
             if FLOW:
+                b_y = split_dot(b_scores, b_c, b_y, PRECISION)
                 b_x = tl.load(x + o_tc, mask=m_tc, other=0.0)
                 b_flow = tl.sum(b_x.to(tl.float32) * b_y, 1)
-                if not REVERSE:
-                    b_pairs = b_scores * dot(b_x, tl.trans(b_c), None, PRECISION)
-                    b_pairs = tl.where(o_t[:, None] > o_t[None, :], b_pairs, 0.0)
-                    b_flow += tl.sum(b_pairs, 1) - tl.sum(b_pairs, 0)
                 tl.store(flow + tl.program_id(1) * flow_stride + row_of, b_flow, mask=m_t)
-            b_y = dot(narrow(b_scores, operand), b_c, b_y, PRECISION)
+            else:
+                b_y = dot(narrow(b_scores, operand), b_c, b_y, PRECISION)
             tl.store(y + o_tc, narrow(b_y, y.dtype.element_ty), mask=m_tc)
 
         if DECAY:
-            b_b = b_b * tl.exp(b_total - b_sum)[:, None]
             b_state *= tl.exp(b_total)
-        b_state = split_dot(tl.trans(b_b), b_c, b_state, PRECISION)
+            b_state = split_dot(tl.trans(b_b), b_c * tl.exp(b_total - b_sum)[:, None], b_state, PRECISION)
+        else:
+            b_state = dot(tl.trans(b_b), b_c, b_state, PRECISION)
 
     if DECAY and REVERSE:  # from the first slot's state to the one before it
         b_first = tl.load(log_decay + first_token * heads + head).to(tl.float32)
