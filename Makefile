@@ -1,4 +1,4 @@
-# make demo | make test | make test-oldest | make lint | make clean. The first call builds .venv; later calls reuse it.
+# make demo | make test | make test-oldest | make support | make lint | make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ TORCH_STAMP := $(VENV)/.stamp-torch
 TRAIN_STAMP := $(VENV)/.stamp-train
 TEST_STAMP := $(VENV)/.stamp-test
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest support lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,11 @@ test: lint
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests
+
+# the support table of README.md, from the tests that ran
+support: $(TEST_STAMP)
+	$(BIN)/python -m pytest -n 2 tests --junitxml=outputs/tests.xml
+	$(BIN)/python docs/support.py outputs/tests.xml README.md
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
