@@ -321,7 +321,7 @@ class SegmentTable:
         tail = x.new_zeros(rows, reach, channels) if tail is None else tail.to(x.dtype)
         context = torch.cat([tail, x], 1)
         last = self.length[:, None] + torch.arange(reach, device=x.device)
-        return conv(context.transpose(1, 2)).transpose(1, 2), self._take(context, last)
+        return conv(context.transpose(1, 2)).transpose(1, 2).contiguous(), self._take(context, last)
 
     # ------------------------------------------------------------------------------------------- segments in time
     @property
