@@ -116,6 +116,15 @@ class MCCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"`past_key_values` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
             )
+        self._thaw()
+
+    def _thaw(self) -> None:
+        """Outside of inference mode, tensors that were made in it can be neither overwritten nor kept for a gradient:
+        copy them, once."""
+        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return
+        if any(tensor.is_inference() for tensor in self.tensors.values()):
+            self._map(torch.clone)
 
     @property
     def position(self) -> torch.Tensor:
@@ -180,9 +189,8 @@ class MCCacheLayer(CacheLayerMixin):
             self.tensors[name] = stack.index_put((row, slot), value)
 
     def _in_place(self, old: torch.Tensor, new: torch.Tensor) -> bool:
-        """Whether `old` may be overwritten: no gradient needs it, no snapshot shares it, inference mode allows it."""
-        frozen = old.is_inference() and not torch.is_inference_mode_enabled()
-        return not (new.requires_grad or old.requires_grad or frozen or self.snapshot is not None)
+        """Whether `old` may be overwritten: no gradient needs it and no snapshot shares it."""
+        return not (new.requires_grad or old.requires_grad or self.snapshot is not None)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
         """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
