@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .cache import memory_caching_mask
+from .compat import enter_names
 from .context_parallel import active_shards, check_shards
 from .mc_cache import MCCache
 from .memories import MEMORIES
@@ -317,3 +318,13 @@ class MCForTokenClassification(GenericForTokenClassification, MCPreTrainedModel)
 
 class MCForQuestionAnswering(GenericForQuestionAnswering, MCPreTrainedModel):
     """Scores every token as start and end of an answer."""
+
+
+enter_names(
+    {
+        "CAUSAL_LM": MCForCausalLM.__name__,
+        "SEQUENCE_CLASSIFICATION": MCForSequenceClassification.__name__,
+        "TOKEN_CLASSIFICATION": MCForTokenClassification.__name__,
+        "QUESTION_ANSWERING": MCForQuestionAnswering.__name__,
+    }
+)
