@@ -138,7 +138,7 @@ def answer_chunks(
     q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, decay: Decay, before: torch.Tensor
 ) -> torch.Tensor:
     """S_t^T q_t of every slot, from q, k, u `[R, H, M, C, d]` and the states before the sub-chunks."""
-    return (q @ k.transpose(-1, -2) * decay.matrix) @ u + decay.since_start(q @ before)
+    return ((q @ k.transpose(-1, -2)).mul_(decay.matrix) @ u).add_(decay.since_start(q @ before))
 
 
 def answer_chunks_backward(
@@ -149,21 +149,24 @@ def answer_chunks_backward(
     decay: Decay,
     before: torch.Tensor,
     after: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, u, decay matrix and decay since the start, through the answers and the states handed on.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of q, k, u, decay matrix and decay since the start, through the answers and the states handed on; the
+    last two are None without a decay.
 
     Args:
         grad: of the answers `[R, H, M, C, dv]`. before: the states before the sub-chunks. after: gradients of the
             states after them, both `[R, H, M, dk, dv]`.
     """
     scores, products = q @ k.transpose(-1, -2), grad @ u.transpose(-1, -2)
-    grad_scores = products * decay.matrix
     grad_late_k, grad_early_q = u @ after.transpose(-1, -2), grad @ before.transpose(-1, -2)
-    grad_q = grad_scores @ k + decay.since_start(grad_early_q)
-    grad_k = grad_scores.transpose(-1, -2) @ q + decay.to_end(grad_late_k)
-    grad_u = (scores * decay.matrix).transpose(-1, -2) @ grad + decay.to_end(k) @ after
-    grad_matrix = products * scores
-    grad_matrix[..., -1, :] += (grad_late_k * k).sum(-1)
-    grad_from_start = (grad_early_q * q).sum(-1)
-    grad_from_start[..., -1] += (after * before).sum((-1, -2))
+    grad_matrix = grad_from_start = None
+    if decay.given:
+        grad_matrix = products * scores
+        grad_matrix[..., -1, :] += (grad_late_k * k).sum(-1)
+        grad_from_start = (grad_early_q * q).sum(-1)
+        grad_from_start[..., -1] += (after * before).sum((-1, -2))
+    grad_scores, scores = products.mul_(decay.matrix), scores.mul_(decay.matrix)
+    grad_q = (grad_scores @ k).add_(decay.since_start(grad_early_q))
+    grad_k = (grad_scores.transpose(-1, -2) @ q).add_(decay.to_end(grad_late_k))
+    grad_u = (scores.transpose(-1, -2) @ grad).add_(decay.to_end(k) @ after)
     return grad_q, grad_k, grad_u, grad_matrix, grad_from_start
