@@ -276,7 +276,7 @@ class _Block:
             grad = torch.zeros_like(stack[0])
             if grad_w is not None:
                 grad[:, :width] = self._maps(grad_w)
-            if grad_s is not None:
+            if grad_s is not None and grad_s.numel():
                 grad[:, width:] = self._maps(grad_s)
             grads.append(grad)
         return grads
