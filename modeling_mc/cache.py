@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
@@ -20,6 +20,22 @@ def memory_caching_mask(
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
+
+
+def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
+    """Layer `index` of a cache, which a memory layer is to read and fill.
+
+    Raises:
+        ValueError: it is the cache of an attention layer.
+    """
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if not isinstance(layer, MCCacheLayer):
+        raise ValueError(
+            f"`past_key_values` holds {type(layer).__name__} for memory layer {index}, allowed: an MCCache or "
+            "DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of attention, which a "
+            "memory layer cannot use: take prompt tuning or LoRA"
+        )
+    return layer
 
 
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = memory_caching_mask

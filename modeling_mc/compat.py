@@ -1,6 +1,8 @@
 # Copyright 2026 the mc-transformers authors.
 """What Transformers reads from tables of its own, where a family from outside has to be entered by name."""
 
+import sys
+
 from transformers import configuration_utils
 from transformers.models.auto import modeling_auto
 
@@ -19,3 +21,9 @@ def enter_names(classes: dict[str, str]) -> None:
         known = getattr(configuration_utils, table)
         if LAYER_TYPE not in known:
             setattr(configuration_utils, table, (*known, LAYER_TYPE))
+
+
+def enter_lora_targets(targets: list[str]) -> None:
+    """Make `targets` what PEFT adapts by default; only where the user has imported PEFT, which we never do."""
+    if constants := sys.modules.get("peft.utils.constants"):
+        constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault(MCConfig.model_type, targets)

@@ -2,6 +2,7 @@
 """The Transformers model family: MCModel and its heads."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,14 +21,15 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
-from .cache import memory_caching_mask
-from .compat import enter_names
+from .attention import make_attention, make_rotary
+from .cache import memory_caching_mask, memory_layer
+from .compat import enter_lora_targets, enter_names
 from .context_parallel import active_shards, check_shards
 from .mc_cache import MCCache
 from .memories import MEMORIES
@@ -58,7 +60,7 @@ class MCMLP(nn.Module):
 
 
 class MCDecoderLayer(GradientCheckpointingLayer):
-    """Norm, mixer or attention, norm, MLP, with residuals."""
+    """Norm, mixer or attention, norm, MLP, with residuals; or the norms behind what they otherwise precede."""
 
     def __init__(self, config: MCConfig, layer_idx: int) -> None:
         super().__init__()
@@ -67,10 +69,12 @@ class MCDecoderLayer(GradientCheckpointingLayer):
         if self.layer_type == LAYER_TYPE:
             self.mixer = MCMixer(config, layer_idx)
         else:
-            self.self_attn = LlamaAttention(config, layer_idx)
-        self.mlp = MCMLP(config)
+            self.self_attn = make_attention(config, layer_idx)
+        self.post_norm = self.layer_type != LAYER_TYPE and config.attention_norm == "post"
+        self.mlp = MCMLP(config) if config.intermediate_size else None
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.intermediate_size:
+            self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -81,13 +85,19 @@ class MCDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        x = self.input_layernorm(hidden_states)
-        if self.layer_type == LAYER_TYPE:
-            x = self.mixer(x, segment_table, past_key_values)
-        else:
-            x, _ = self.self_attn(x, position_embeddings, attention_mask, past_key_values, **self.window, **kwargs)
-        hidden_states = hidden_states + x
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        def mix(x: torch.Tensor) -> torch.Tensor:
+            if self.layer_type == LAYER_TYPE:
+                return self.mixer(x, segment_table, past_key_values)
+            window = self.window | kwargs
+            return self.self_attn(x, position_embeddings, attention_mask, past_key_values, **window)[0]
+
+        hidden_states = self._residual(self.input_layernorm, mix, hidden_states)
+        if self.mlp is None:
+            return hidden_states
+        return self._residual(self.post_attention_layernorm, self.mlp, hidden_states)
+
+    def _residual(self, norm: nn.Module, function: Callable, x: torch.Tensor) -> torch.Tensor:
+        return x + (norm(function(x)) if self.post_norm else function(norm(x)))
 
 
 class MCPreTrainedModel(PreTrainedModel):
@@ -109,16 +119,20 @@ class MCPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # the heads make their decoder through AutoModel; Transformers loads a repository's config class a second time
         AutoModel.register(type(config), MCModel, exist_ok=True)
+        enter_lora_targets(MC_LORA_TARGETS)
         if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
             memory = MEMORIES[config.memory]
             self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
-            self._keep_in_fp32_modules_strict += memory.fp32_parameters
+            self._keep_in_fp32_modules_strict += memory.fp32_parameters_for(config)
+            self._keep_in_fp32_modules_strict += ["skip"] if config.value_skip else []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif type(module).__name__ == "Qwen3NextRMSNorm":  # scales by 1 + weight
+            init.zeros_(module.weight)
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights()  # memories, and their parts: each module with parameters of its own is asked
 
@@ -133,7 +147,7 @@ class MCModel(MCPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.has_attention = any(kind != LAYER_TYPE for kind in config.layer_types)
         if self.has_attention:
-            self.rotary_emb = LlamaRotaryEmbedding(config)
+            self.rotary_emb = make_rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -143,7 +157,7 @@ class MCModel(MCPreTrainedModel):
         mixer = next((x.mixer for x in self.layers if hasattr(x, "mixer")), None)  # of this stage of a pipeline
         if mixer is None:
             return None
-        layer = None if past is None else past.layers[mixer.layer_idx]
+        layer = None if past is None else memory_layer(past, mixer.layer_idx)
         if layer is not None:  # before its positions are used
             layer.check(mixer.cache_signature, len(inputs_embeds))
         device, known = inputs_embeds.device, layer is not None and layer.is_initialized
@@ -214,7 +228,7 @@ class MCModel(MCPreTrainedModel):
             if position_ids is None:
                 seen = 0 if past_key_values is None else past_key_values.get_seq_length()
                 position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-            rope = self.rotary_emb(inputs_embeds, position_ids)
+            rope = self.rotary_emb and self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
