@@ -155,9 +155,11 @@ def test_literal_signs_climb(rule):
 # ---------------------------------------------------------------------------------------------- pieces and blocks
 @pytest.mark.parametrize("begin", [1, 4, 5, 8, 11])
 @pytest.mark.parametrize("carry", [False, True], ids=["independent", "checkpoint"])
+@pytest.mark.parametrize("piece", [1, deep.PIECE])
 @pytest.mark.parametrize("rule", ["dla", "titans"])
-def test_a_prompt_in_two_parts(rule, carry, begin):
+def test_a_prompt_in_two_parts(monkeypatch, rule, piece, carry, begin):
     """Values, and gradients of M_0 through the state in the middle of an inner chunk."""
+    monkeypatch.setattr(deep, "PIECE", piece)
     memory = memory_of(rule, segment_size=8, memory_chunk_size=4)
     given = inputs_of(memory, rows=2)
     weights = randn(*given["v"][:, 0].shape)
@@ -394,12 +396,15 @@ def test_what_autograd_keeps_is_linear_in_the_length(rule, aggregation):
     assert largest <= 512 * heads * hidden * (aggregation == "soup") + 512 * 64
 
 
-def test_half_precision():
-    """Inside autocast the inner steps are still taken in fp32."""
-    model, ids = build(small_config("titans")), tokens(2, 29)
-    exact = model(ids, use_cache=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = model(ids, use_cache=True)
-    layer = rounded.past_key_values.layers[0]
-    assert all(x.dtype == torch.float32 for x in layer.group("state"))
-    assert_close(rounded.logits.float(), exact.logits, 0.1)
+@pytest.mark.parametrize("rule", ["dla", "titans"])
+def test_half_precision(rule):
+    """Inside autocast the inner steps are still taken in fp32, by the parallel form and token by token."""
+    model, ids, states = build(small_config(rule)), tokens(2, 29), []
+    for backend in ("torch", "reference"):
+        model.config.mc_backend = backend
+        with torch.autocast("cpu", torch.bfloat16):
+            cache = model(ids, use_cache=True).past_key_values
+        states.append([*cache.layers[0].group("state")[:2], *cache.layers[0].group("kept")])
+    for parallel, one_by_one in zip(*states, strict=True):
+        assert parallel.dtype == one_by_one.dtype == torch.float32
+        assert_close(parallel, one_by_one, 1e-4)
