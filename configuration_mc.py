@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -216,8 +217,14 @@ class MCConfig(PreTrainedConfig):
                 self._refuse(field, "an integer >= 1")
         if self.conv_kernel_size < 0:
             self._refuse("conv_kernel_size", "an integer >= 0 (0 = no convolution)")
-        if self.rms_norm_eps <= 0:
+        if not self.rms_norm_eps > 0:
             self._refuse("rms_norm_eps", "a number > 0")
+        if not self.initializer_range >= 0:
+            self._refuse("initializer_range", "a number >= 0")
+        if not 0 <= self.attention_dropout <= 1:
+            self._refuse("attention_dropout", "a number from 0 to 1")
+        if self.hidden_act not in ACT2FN:
+            self._refuse("hidden_act", ", ".join(repr(name) for name in sorted(ACT2FN)))
 
     def _check_combinations(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):

@@ -187,7 +187,8 @@ class MCModel(MCPreTrainedModel):
         """Hidden states of `input_ids` `[B, T]` (or `inputs_embeds` `[B, T, hidden]`).
 
         Args:
-            attention_mask: `[B, T]` or `[B, cached + T]`, 0 = padding anywhere; or a dict keyed by layer type.
+            attention_mask: `[B, cached + T]`, or of the new tokens `[B, T]` in a model of memory layers only,
+                0 = padding anywhere; or a dict keyed by layer type.
             position_ids: `[B, T]`, read by attention layers only: memory layers count each row's real tokens.
             past_key_values: an `MCCache` or `DynamicCache(config=config)`, filled in place.
             cu_seq_lens_q, seq_idx: borders of packed documents, as `DataCollatorWithFlattening` makes them.
@@ -213,8 +214,11 @@ class MCModel(MCPreTrainedModel):
             past_key_values = MCCache(config=self.config)
         if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
             past_key_values.filled_by = weakref.ref(self)
-        if not is_packed and past_key_values is None:
+        if is_packed and past_key_values is not None:
+            raise ValueError("packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache")
+        if not is_packed:
             self._refuse_unmarked_packing(position_ids, attention_mask)
+        self._check_mask(attention_mask, inputs_embeds, past_key_values)
 
         masks = attention_mask if isinstance(attention_mask, dict) else None
         if masks is not None:
@@ -255,6 +259,21 @@ class MCModel(MCPreTrainedModel):
             for kind, make in makers.items()
             if kind in self.config.layer_types
         }
+
+    def _check_mask(self, mask, inputs_embeds: torch.Tensor, past: Cache | None) -> None:
+        """Memory layers read padding masks only; a mask of another length would be cut to a wrong part of it."""
+        if not isinstance(mask, torch.Tensor) or LAYER_TYPE not in self.config.layer_types:
+            return
+        if torch.compiler.is_compiling():
+            return
+        rows, num_tokens = inputs_embeds.shape[:2]
+        seen = 0 if past is None else int(past.get_seq_length())
+        allowed = [(rows, seen + num_tokens)]
+        if not self.has_attention:
+            allowed.append((rows, num_tokens))
+        if tuple(mask.shape) not in allowed:
+            shapes = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+            raise ValueError(f"`attention_mask` must have shape {shapes}, got {tuple(mask.shape)}")
 
     @staticmethod
     def _refuse_unmarked_packing(position_ids: torch.Tensor | None, attention_mask) -> None:

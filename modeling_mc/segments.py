@@ -25,14 +25,21 @@ def static_split(length: int) -> list[int]:
     return [1 << bit for bit in reversed(range(length.bit_length())) if length >> bit & 1]
 
 
-def _packed_borders(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None) -> torch.Tensor | None:
+def _packed_borders(
+    cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, num_tokens: int
+) -> torch.Tensor | None:
     """Borders `[D + 1]` of packed documents, from `cu_seq_lens_q` `[D + 1]` or document numbers `seq_idx` `[1, T]`."""
     if cu_seq_lens is not None:
-        return cu_seq_lens.reshape(-1).long()
+        borders = cu_seq_lens.reshape(-1).long()
+        if not torch.compiler.is_compiling():
+            values = borders.tolist()
+            if len(values) < 2 or values != sorted(values) or (values[0], values[-1]) != (0, num_tokens):
+                raise ValueError(f"`cu_seq_lens_q` must rise from 0 to {num_tokens}, all tokens, got {values}")
+        return borders
     if seq_idx is None:
         return None
-    if seq_idx.shape[0] != 1:
-        raise ValueError(f"`seq_idx` needs a batch of one packed row, got shape {tuple(seq_idx.shape)}")
+    if seq_idx.shape != (1, num_tokens):
+        raise ValueError(f"`seq_idx` must have shape (1, {num_tokens}), one packed row, got {tuple(seq_idx.shape)}")
     ids = seq_idx[0]
     ends = ids.new_tensor([0, ids.numel()], dtype=torch.int64)
     return torch.cat([ends[:1], (ids[1:] != ids[:-1]).nonzero()[:, 0] + 1, ends[1:]])
@@ -107,17 +114,20 @@ class SegmentTable:
             align: slot 0 of a resumed segment falls on a multiple of this (inner chunk of deep memories).
 
         Raises:
-            ValueError: packed documents with a batch of more than one row, a mask or a cache.
+            ValueError: no tokens, a mask of another shape, borders that do not cover the tokens, or packed documents
+                with a batch of more than one row, padding or a cache.
         """
         if num_tokens == 0:
             raise ValueError("empty sequence: `input_ids` needs at least one token per row, got length 0")
-        borders = _packed_borders(cu_seq_lens, seq_idx)
+        borders = _packed_borders(cu_seq_lens, seq_idx, num_tokens)
         if borders is not None:
             if batch_size != 1 or position is not None:
                 raise ValueError(
                     "packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache, got "
                     f"batch size {batch_size}{' and a cache' if position is not None else ''}"
                 )
+            if attention_mask is not None and not torch.compiler.is_compiling() and not (attention_mask != 0).all():
+                raise ValueError("packed documents take no padding: `attention_mask` must be None or have no zeros")
             return cls._build_packed(borders, num_tokens, segment_size, device)
 
         order = mask = None
