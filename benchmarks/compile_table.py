@@ -9,7 +9,6 @@ Triton wheel; for AMD from the metadata in the assembly. STACK > 0 means registe
 """
 
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mc_transformers.kernels import triton_common, triton_linear_write
+from mc_transformers.kernels import triton_common, triton_linear_write, triton_segment_read
 
 
 TABLE = Path(__file__).with_name("compile_table.json")
@@ -34,6 +33,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 WIDTHS = {"mc-170m": 48, "mc-340m": 64, "mc-760m": 96, "d128": 128, "mc-1.3b": 256}
@@ -51,11 +51,9 @@ class Launch:
     args: dict
     meta: dict
 
-    def source(self, target: str = "") -> tuple[ASTSource, dict]:
+    def source(self) -> tuple[ASTSource, dict]:
         options = {key: self.meta[key] for key in ("num_warps", "num_stages")}
         constants = {key: value for key, value in self.meta.items() if key not in options}
-        if target.startswith("gfx") and constants.get("PRECISION") == "tf32x3":
-            constants["PRECISION"] = "ieee"  # what `dot_precision` says there
         signature, aligned = {}, {}
         for place, name in enumerate(self.kernel.arg_names):
             value = self.args.get(name)
@@ -71,7 +69,7 @@ class Launch:
 
     def compile(self, target: str) -> dict:
         """What one compilation needs: registers, bytes of stack and shared memory, tensor-core instructions."""
-        source, options = self.source(target)
+        source, options = self.source()
         compiled = triton.compile(source, target=TARGETS[target], options=options)
         used = {"shared": compiled.metadata.shared}
         if target.startswith("gfx"):
@@ -90,14 +88,15 @@ class Launch:
         return used | {"tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code))}
 
 
-def record(run: Callable) -> list[Launch]:
-    """The launches that `run` makes, each once."""
+def record(run: Callable, target: str) -> list[Launch]:
+    """The launches that `run` makes on a chip, each once."""
     launches: list[Launch] = []
     triton_common.recorder = lambda *launch: launches.append(Launch(*launch))
+    triton_common.target = CHIPS[target]
     try:
         run()
     finally:
-        triton_common.recorder = None
+        triton_common.recorder = triton_common.target = None
     kinds = {(x.kernel.__name__, str(sorted(x.meta.items())), str(x.source()[0].signature)): x for x in launches}
     return list(kinds.values())
 
@@ -119,36 +118,52 @@ def linear_write(width: int, dtype: torch.dtype, decay: bool = True, carry: bool
     triton_linear_write.backward(go, states, q, k, v, log_decay, initial, None, carry)
 
 
+def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str = "softmax") -> None:
+    q, u, out = (grid(width, dtype=dtype) for _ in range(3))
+    memories = CACHED + SEGMENTS
+    states = torch.empty(ROWS, memories, HEADS, width, width, device="meta")
+    summaries = torch.empty(ROWS, memories, HEADS, blocks, width, device="meta")
+    logit, birth, first = (
+        grid(dtype=torch.float32),
+        torch.empty(ROWS, memories, dtype=torch.int64, device="meta"),
+        torch.empty(ROWS, SEGMENTS, dtype=torch.int64, device="meta"),
+    )
+    inputs = (q, u, states, summaries, logit, birth, first, function)
+    triton_segment_read.forward(*inputs)
+    triton_segment_read.backward(out, logit, out, logit, *inputs)
+
+
 def cases() -> Iterator[tuple[str, Callable]]:
     """Names and runs: the preset widths in bf16, and the other dtypes and flags at one width."""
     for name, width in WIDTHS.items():
         yield f"linear_write {name} bf16", lambda width=width: linear_write(width, torch.bfloat16)
+        yield f"segment_read {name} bf16", lambda width=width: segment_read(width, torch.bfloat16)
+    yield "segment_read d64 sub-blocks bf16", lambda: segment_read(64, torch.bfloat16, 4)
+    yield "segment_read d64 sigmoid bf16", lambda: segment_read(64, torch.bfloat16, function="sigmoid")
+    yield "segment_read d64 fp16", lambda: segment_read(64, torch.float16)
+    yield "segment_read d64 fp32", lambda: segment_read(64, torch.float32)
     yield "linear_write d64 no-decay bf16", lambda: linear_write(64, torch.bfloat16, decay=False)
     yield "linear_write d64 carry bf16", lambda: linear_write(64, torch.bfloat16, carry=True)
     yield "linear_write d64 fp16", lambda: linear_write(64, torch.float16)
     yield "linear_write d64 fp32", lambda: linear_write(64, torch.float32)
 
 
-def rows(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> dict[str, dict]:
-    """Compile the cases whose name starts with `only`: {"case / kernel / number": {target: numbers}}."""
-    launches = []
-    for name, run in cases():
-        if name.startswith(only):
-            found = record(run)
-            launches += [(f"{name} / {x.kernel.__name__} {i}", x) for i, x in enumerate(found)]
-    table: dict[str, dict] = {}
-    for name, launch in tqdm(launches, disable=not only and not os.isatty(2)):
-        flags = {key: value for key, value in launch.meta.items() if key not in ("num_warps", "num_stages")}
-        warps = [launch.meta["num_warps"], launch.meta["num_stages"]]
-        used = {target: launch.compile(target) for target in targets}
-        table[name] = {"constants": flags, "warps, stages": warps, **used}
-    return table
+def table(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> dict[str, dict]:
+    """Compile the cases whose name starts with `only`: {"case / kernel number": {target: numbers}}."""
+    chosen = [(name, run) for name, run in cases() if name.startswith(only)]
+    rows: dict[str, dict] = {}
+    for name, run in tqdm(chosen, disable=len(chosen) < 2):
+        for target in targets:
+            for number, launch in enumerate(record(run, target)):
+                row = rows.setdefault(f"{name} / {launch.kernel.__name__} {number}", {})
+                row[target] = launch.compile(target) | {"meta": launch.meta}
+    return rows
 
 
 def main() -> None:
-    table = {"triton": triton.__version__, "kernels": rows()}
+    result = {"triton": triton.__version__, "kernels": table()}
     partial = TABLE.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1) + "\n")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
     partial.rename(TABLE)
 
 

@@ -8,7 +8,7 @@ answer. Gates are recomputed in the backward: nothing of size tokens x segments 
 
 import torch
 
-from .common import budget, compute_dtype, register_op
+from .common import budget, choose_backend, compute_dtype, register_op
 
 
 BUDGET = 2**19  # elements of the largest temporary, tokens x segments x head width, of one block
@@ -211,8 +211,9 @@ def _fake_backward(
 
 
 segment_read_op = register_op(
-    "segment_read", segment_read_torch, segment_read_backward_torch, _fake, _fake_backward, differentiable=5
-)
+    "segment_read", segment_read_torch, segment_read_backward_torch, _fake, _fake_backward, differentiable=5,
+    triton="triton_segment_read",
+)  # fmt: skip
 
 
 def segment_read(
@@ -224,6 +225,7 @@ def segment_read(
     birth: torch.Tensor,
     first: torch.Tensor,
     function: str = "softmax",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read all finished segments' memories with content gates.
 
@@ -235,8 +237,10 @@ def segment_read(
         birth: `[R, S]` integer: memory i is visible to grid segments j >= birth (0 = from the start).
         first: `[R, N]` integer: the first memory that grid segment j may see (documents packed in one row).
         function: "softmax" over the visible memories and the online one, or "sigmoid", each gate on its own.
+        backend: "auto", "triton" or "torch", see `choose_backend`.
 
     Returns:
         the gated sum over the past `[R, N, W, H, dv]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
     """
-    return segment_read_op(q, u, states, summaries, online_logit, birth, first, function)
+    backend = choose_backend(backend, "segment_read", q, *states.shape[-2:], u.shape[-1])
+    return segment_read_op(q, u, states, summaries, online_logit, birth, first, function, backend)

@@ -16,8 +16,9 @@ from .common import triton_interpreted
 
 
 INTERPRETED = tl.constexpr(triton_interpreted())
-# called with (kernel, arguments, meta) instead of a launch: offline compilation sees what would run
+# offline compilation: `recorder` is called with (kernel, arguments, meta) instead of a launch, for a chip of `target`
 recorder: Callable | None = None
+target: str | None = None
 
 
 @functools.cache
@@ -51,6 +52,21 @@ def launch(
             _tuned(kernel, choices, tuple(sorted(meta)), accumulates)[grid](**args, **meta)
 
 
+@functools.cache
+def _chip(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "hopper"
+    if torch.version.hip is not None:
+        return "amd"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
+
+
+def chip(x: torch.Tensor) -> str:
+    """The class of chips that block sizes are chosen for: "ampere" (operands in registers), "hopper" and later
+    (operands in shared memory) or "amd" (64 KiB of it)."""
+    return target or _chip(x.device)
+
+
 def power_of_two(width: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(width))
 
@@ -68,12 +84,12 @@ def operand_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return next((x.dtype for x in tensors if x.dtype != torch.float32), torch.float32)
 
 
-def dot_precision() -> str:
-    """How fp32 operands are multiplied: what `torch.set_float32_matmul_precision` says. "tf32x3" has fp32's accuracy
-    on NVIDIA's tensor cores."""
+def dot_precision(x: torch.Tensor) -> str:
+    """How fp32 operands like x are multiplied: what `torch.set_float32_matmul_precision` says. "tf32x3" is as
+    accurate as fp32, on NVIDIA's tensor cores."""
     if torch.get_float32_matmul_precision() != "highest":
         return "tf32"
-    return "tf32x3" if torch.version.hip is None else "ieee"
+    return "ieee" if chip(x) == "amd" else "tf32x3"
 
 
 @triton.jit

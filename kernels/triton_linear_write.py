@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
+from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
 
 
 LONGEST = 512  # slots of a unit: longer segments are cut into pieces
@@ -35,14 +35,16 @@ def _unit_kernel(
     UNIT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
     BEGIN: tl.constexpr, END: tl.constexpr, WRITE: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (row, segment, piece, head) x blocks of DC. States are fp32 `[units, heads, DA, DC]`, or their
+    """Programs: (row, segment, piece, head, block of DC). States are fp32 `[units, heads, DA, DC]`, or their
     transpose. FLOW also gives x_t . y_t per token and block, and takes factors in two parts so that y is exact."""
-    unit = tl.cast(tl.program_id(0) // heads, tl.int64)  # (row * num_segments + segment) * pieces + piece
-    head = tl.program_id(0) % heads
+    blocks = (DC + BC - 1) // BC
+    block, program = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    unit = tl.cast(program // heads, tl.int64)  # (row * num_segments + segment) * pieces + piece
+    head = program % heads
     segment, piece = unit // pieces, unit % pieces
     length = tl.minimum(width - piece * UNIT, UNIT).to(tl.int32)
     first_token = segment * width + piece * UNIT
-    o_a, o_c = tl.arange(0, BA), tl.program_id(1) * BC + tl.arange(0, BC)
+    o_a, o_c = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     m_a, m_c = o_a < DA, o_c < DC
     operand = b.dtype.element_ty
 
@@ -97,7 +99,7 @@ def _unit_kernel(
                 b_y = split_dot(b_scores, b_c, b_y, PRECISION)
                 b_x = tl.load(x + o_tc, mask=m_tc, other=0.0)
                 b_flow = tl.sum(b_x.to(tl.float32) * b_y, 1)
-                tl.store(flow + tl.program_id(1) * flow_stride + row_of, b_flow, mask=m_t)
+                tl.store(flow + tl.cast(block, tl.int64) * flow_stride + row_of, b_flow, mask=m_t)
             else:
                 b_y = dot(narrow(b_scores, operand), b_c, b_y, PRECISION)
             tl.store(y + o_tc, narrow(b_y, y.dtype.element_ty), mask=m_tc)
@@ -180,7 +182,8 @@ class _Units:
         `begin` holds a state per unit `[R, U, H, ...]` or per row `[R, H, ...]`.
         """
         key, value = b.shape[-1], c.shape[-1]
-        block = min(power_of_two(value), 128 if power_of_two(key) <= 128 else 64)
+        chunk, block, warps = _tile(b, x is not None)
+        chunk, block = min(chunk, power_of_two(self.width)), min(block, power_of_two(value))
         blocks = triton.cdiv(value, block)
         y = torch.empty_like(c) if write else None
         flow = b.new_empty(blocks, *b.shape[:-1], dtype=torch.float32) if x is not None else None
@@ -193,15 +196,14 @@ class _Units:
             "pieces": self.pieces, "flow_stride": b.shape[:-1].numel(),
         }  # fmt: skip
         meta = {
-            "DA": key, "DC": value, "BA": power_of_two(key), "BC": block, "UNIT": self.unit,
-            "CHUNK": min(power_of_two(self.width), 32 if b.dtype == torch.float32 else 64),
+            "DA": key, "DC": value, "BA": power_of_two(key), "BC": block, "UNIT": self.unit, "CHUNK": chunk,
             "DECAY": self.log_decay is not None, "REVERSE": reverse, "TRANSPOSED": transposed,
             "BEGIN": (NEVER if begin is None else EVERY if begin.dim() == 5 else FIRST).value,
             "END": {"no": NEVER, "first": FIRST, "every": EVERY}[end].value,
-            "WRITE": write, "FLOW": x is not None, "PRECISION": dot_precision(),
+            "WRITE": write, "FLOW": x is not None, "PRECISION": dot_precision(b),
         }  # fmt: skip
-        grid = (self.rows * self.per_row * self.heads, blocks)
-        launch(_unit_kernel, grid, args, meta, configs(power_of_two(key), block))
+        grid = (self.rows * self.per_row * self.heads * blocks,)
+        launch(_unit_kernel, grid, args, meta, [{"num_warps": warps, "num_stages": 2}])
         return y, end_states, None if flow is None else flow.sum(0)
 
     def pass_on(self, local, initial=None, extra=None, reverse=False):
@@ -245,8 +247,19 @@ class _Units:
         return state if self.starts is None else state.masked_fill(self.starts[:, 0, None, None, None], 0.0)
 
 
-def configs(key_block: int, value_block: int) -> list[dict]:
-    return [{"num_warps": 8 if key_block * value_block > 64 * 64 else 4, "num_stages": 2}]
+def _tile(like: torch.Tensor, exact: bool) -> tuple[int, int, int]:
+    """Slots of a sub-chunk, block of the value width and warps: no register is spilled (compile_table.json)."""
+    width, on = like.shape[-1], chip(like)
+    key = power_of_two(width)
+    if like.dtype == torch.float32:
+        return 16, 32, 4
+    if on == "amd":
+        return (16 if key > 128 else 32), 64, 4
+    if on == "ampere":
+        return {64: (32, 32 if exact else 64, 4), 128: (32, 32, 8), 256: (16, 16 if exact else 32, 8)}[max(key, 64)]
+    if exact:
+        return {64: (32, 64, 4), 128: (32, 64, 8), 256: (16, 32, 8)}[max(key, 64)]
+    return {64: (64, 64, 4), 128: (64 if width == key else 32, 64, 8), 256: (16, 64, 8)}[max(key, 64)]
 
 
 def _prepare(q, k, v, log_decay, initial, starts, carry):
