@@ -23,6 +23,11 @@ CHOICES = {
     "segment_summary": ("keys", "hidden"),
     "cache_eviction": ("oldest", "least_read"),
     "route_sharing": ("layer", "model"),
+    "gate_form": ("sigmoid", "step"),
+    "output_norm": ("head", "gated", "none"),
+    "rope": ("attention", "all", "none"),
+    "attention": ("llama", "olmo_hybrid", "qwen3_next"),
+    "attention_norm": ("pre", "post"),
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
 DEEP_MEMORIES = ("dla", "titans")
@@ -32,8 +37,8 @@ NOT_YET = {
     "mc_backend": ("triton",),
 }
 POSITIVE = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "num_memory_heads", "num_key_heads", "key_head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
     "num_selected_segments", "summaries_per_segment", "memory_chunk_size", "memory_expansion", "sliding_window",
     "max_cached_segments",
 )  # fmt: skip
@@ -65,13 +70,18 @@ class MCConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`): size of the vocabulary.
         hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`): width of the SwiGLU MLP.
+        intermediate_size (`int`): width of the SwiGLU MLP; 0 = blocks without an MLP.
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): heads of every mixer.
         num_key_value_heads (`int`, *optional*): key and value heads of attention layers; defaults to
-            `num_attention_heads`. Memory layers have one memory per head.
+            `num_attention_heads`.
         head_dim (`int`, *optional*): width of queries and keys of a head; defaults to hidden_size / heads.
-        value_head_dim (`int`, *optional*): width of values of a head in memory layers; defaults to `head_dim`.
+        num_memory_heads (`int`, *optional*): heads, each with a memory of its own, of memory layers; defaults to
+            `num_attention_heads`.
+        num_key_heads (`int`, *optional*): heads of queries and keys of memory layers, each shared by as many
+            neighbouring memories; defaults to one per memory.
+        key_head_dim (`int`, *optional*): width of queries and keys in memory layers; defaults to `head_dim`.
+        value_head_dim (`int`, *optional*): width of values of a head in memory layers; defaults to `key_head_dim`.
         hidden_act (`str`): activation of the MLP.
         max_position_embeddings (`int`): longest sequence the model was made for; memory layers have no limit.
         initializer_range (`float`): standard deviation of initial weights.
@@ -107,8 +117,20 @@ class MCConfig(PreTrainedConfig):
             (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)).
         allow_negative_eigenvalues (`bool`): write strengths of "gated_delta" in [0, 2] and not in [0, 1].
         conv_kernel_size (`int`): width of the causal depthwise convolution (with SiLU) on q, k and v; 0 = none.
+        conv_bias (`bool`): bias of this convolution.
         qk_norm (`bool`): L2 norm of queries and keys.
+        qk_norm_eps (`float`, *optional*): divide by sqrt(|x|^2 + eps) instead of |x|.
+        gate_form (`str`): of "gated_linear": "sigmoid" (a decay per head and token) or "step" (Mamba-2's step size,
+            which decays and scales the write).
+        value_skip (`bool`): add a learned multiple of a token's own value to each head's answer (Mamba-2's D).
         use_output_gate (`bool`): gate of the mixer's output.
+        output_norm (`str`): "head" (RMS norm of each head, then the gate), "gated" (the gate, then one RMS norm over
+            the heads that share a key head: Mamba-2) or "none".
+        output_norm_eps (`float`, *optional*): its epsilon; defaults to `rms_norm_eps`.
+        rope (`str`): who has rotary positions: "attention" layers, "all" (also q and k of memory layers) or "none".
+        attention (`str`): whose attention the attention layers are: "llama", "olmo_hybrid" (norms of q and k; the only
+            one that can do without rotary positions) or "qwen3_next" (norms of q and k, gated, partial rotary).
+        attention_norm (`str`): norms of attention blocks "pre" (before attention and MLP) or "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
         cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".
         mc_backend (`str`): "auto", "triton", "torch" or "reference" (token by token, slow: the specification).
@@ -124,11 +146,6 @@ class MCConfig(PreTrainedConfig):
 
     model_type = "mc"
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -147,6 +164,9 @@ class MCConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    num_memory_heads: int | None = None
+    num_key_heads: int | None = None
+    key_head_dim: int | None = None
     value_head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
@@ -181,8 +201,17 @@ class MCConfig(PreTrainedConfig):
     vector_read: str = "multiply"
     allow_negative_eigenvalues: bool = False
     conv_kernel_size: int = 4
+    conv_bias: bool = False
     qk_norm: bool = True
+    qk_norm_eps: float | None = None
+    gate_form: str = "sigmoid"
+    value_skip: bool = False
     use_output_gate: bool = True
+    output_norm: str = "head"
+    output_norm_eps: float | None = None
+    rope: str = "attention"
+    attention: str = "llama"
+    attention_norm: str = "pre"
     max_cached_segments: int | None = None
     cache_eviction: str = "oldest"
     mc_backend: str = "auto"
@@ -199,6 +228,7 @@ class MCConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
         self._check_combinations()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     def _refuse(self, field: str, allowed: str) -> None:
@@ -215,10 +245,12 @@ class MCConfig(PreTrainedConfig):
         for field in POSITIVE:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 self._refuse(field, "an integer >= 1")
-        if self.conv_kernel_size < 0:
-            self._refuse("conv_kernel_size", "an integer >= 0 (0 = no convolution)")
-        if not self.rms_norm_eps > 0:
-            self._refuse("rms_norm_eps", "a number > 0")
+        for field, meaning in (("conv_kernel_size", "convolution"), ("intermediate_size", "MLP")):
+            if getattr(self, field) < 0:
+                self._refuse(field, f"an integer >= 0 (0 = no {meaning})")
+        for field in ("rms_norm_eps", "qk_norm_eps", "output_norm_eps"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
+                self._refuse(field, "a number > 0")
         if not self.initializer_range >= 0:
             self._refuse("initializer_range", "a number >= 0")
         if not 0 <= self.attention_dropout <= 1:
@@ -241,25 +273,77 @@ class MCConfig(PreTrainedConfig):
             self._refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
         if self.memory in DEEP_MEMORIES and self.segment_size % self.memory_chunk_size:
             self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
-        if self.memory in DEEP_MEMORIES + VECTOR_MEMORIES and self.value_head_dim not in (None, self.head_dim):
-            self._refuse("value_head_dim", f"head_dim={self.head_dim} (or None) with memory={self.memory!r}")
+        if self.memory in DEEP_MEMORIES + VECTOR_MEMORIES and self.memory_value_dim != self.memory_key_dim:
+            self._refuse("value_head_dim", f"head_dim={self.memory_key_dim} (or None) with memory={self.memory!r}")
         if self.vector_read != "multiply" and self.memory not in VECTOR_MEMORIES:
             self._refuse("vector_read", f"'multiply' with memory={self.memory!r}")
         if self.allow_negative_eigenvalues and self.memory != "gated_delta":
             self._refuse("allow_negative_eigenvalues", f"False with memory={self.memory!r}")
+        if self.memory_heads % self.memory_key_heads:
+            self._refuse("num_key_heads", f"a divisor of the {self.memory_heads} heads of memory layers")
+        if self.gate_form != "sigmoid" and self.memory != "gated_linear":
+            self._refuse("gate_form", f"'sigmoid' with memory={self.memory!r}")
+        if self.conv_bias and not self.conv_kernel_size:
+            self._refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
+        self._check_rope()
         if self.segment_summary == "hidden":
-            if self.hidden_size % self.num_attention_heads:
-                self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of num_attention_heads")
-            if self.gate_source == "query" and self.head_dim * self.num_attention_heads != self.hidden_size:
+            if self.hidden_size % self.memory_heads:
+                self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of the heads")
+            if self.gate_source == "query" and self.memory_key_dim * self.memory_heads != self.hidden_size:
                 self._refuse("gate_source", "'projection' when segment_summary='hidden' and head_dim * heads differs")
+
+    def _check_rope(self) -> None:
+        has_attention = any(kind != LAYER_TYPE for kind in self.layer_types)
+        if self.rope == "none" and has_attention and self.attention != "olmo_hybrid":
+            self._refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
+        if self.rope == "all":
+            kind = (self.rope_parameters or {}).get("rope_type", "default")
+            if kind != "default" or self.memory_key_dim % 2:
+                self._refuse("rope", "'attention' unless rope_type is 'default' and the width of keys is even")
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """Every projection is split over the ranks; the recurrence and attention itself run on all of them alike."""
+        names = []
+        if LAYER_TYPE in self.layer_types:
+            own_gates = self.vector_read == "add" and self.aggregation != "ssc"
+            gated = self.aggregation in ("grm", "soup", "ssc") and self.gate_source == "projection" and not own_gates
+            optional = ["u"] * gated + ["g"] * self.use_output_gate
+            names += [f"mixer.{name}_proj" for name in ("q", "k", "v", "o", *optional)]
+        if set(self.layer_types) != {LAYER_TYPE}:
+            names += [f"self_attn.{name}_proj" for name in "qkvo"]
+        plan = {f"layers.*.{name}": "colwise_gather_output" for name in names}
+        if self.intermediate_size:
+            plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
+            plan["layers.*.mlp.down_proj"] = "rowwise"
+        return plan
 
     def validate_layer_type(self):
         """Transformers' list of layer types does not know ours; `_check_combinations` has already looked."""
 
     @property
+    def memory_heads(self) -> int:
+        """Heads of memory layers."""
+        return self.num_memory_heads or self.num_attention_heads
+
+    @property
+    def memory_key_heads(self) -> int:
+        """Heads of queries and keys in memory layers."""
+        return self.num_key_heads or self.memory_heads
+
+    @property
+    def memory_key_dim(self) -> int:
+        """Width of queries and keys of a head in memory layers."""
+        return self.key_head_dim or self.head_dim
+
+    @property
+    def memory_value_dim(self) -> int:
+        """Width of values of a head in memory layers."""
+        return self.value_head_dim or self.memory_key_dim
+
+    @property
     def summary_dim(self) -> int:
         """Width per head of a segment descriptor and of u_t."""
-        return self.head_dim if self.segment_summary == "keys" else self.hidden_size // self.num_attention_heads
+        return self.memory_key_dim if self.segment_summary == "keys" else self.hidden_size // self.memory_heads
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MCConfig":

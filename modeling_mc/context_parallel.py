@@ -103,6 +103,7 @@ def check_shards(config: MCConfig, num_tokens: int, **given) -> None:
         "state_init": (config.state_init == "independent", "'independent'"),
         "segmentation": (config.segmentation == "constant", "'constant'"),
         "cache_eviction": (config.max_cached_segments is None or config.cache_eviction == "oldest", "'oldest'"),
+        "rope": (config.rope != "all", "'attention'"),
         "mc_backend": (config.mc_backend != "reference", "any but 'reference'"),
     }
     for field, (fits, allowed) in needed.items():

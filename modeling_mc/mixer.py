@@ -12,11 +12,13 @@ from transformers import initialization as init
 from ..configuration_mc import MCConfig
 from ..kernels.common import compute_dtype
 from .aggregation import Aggregation, Summary
+from .attention import rotate
 from .cache import MCCacheLayer
 from .fenwick import FenwickHistory
 from .history import History, Level
 from .least_read import LeastReadHistory
 from .memories import MEMORIES, Bias, Memory
+from .norms import make_output_norm, unit
 from .segments import SegmentTable
 
 
@@ -71,14 +73,15 @@ class MCMixer(nn.Module):
     def __init__(self, config: MCConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.key_dim = config.num_attention_heads, config.head_dim
+        self.num_heads, self.key_dim = config.memory_heads, config.memory_key_dim
+        self.num_key_heads = config.memory_key_heads
         self.memory = MEMORIES[config.memory](config)
         self.value_dim = self.memory.value_dim
         self.aggregation = Aggregation(config, self.memory)
         self.summary = Summary(config.segment_size, config.summaries_per_segment)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, self.memory, self.carry)
-        width, keys, values = config.hidden_size, self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        width, keys, values = config.hidden_size, self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, values, bias=False)
@@ -90,14 +93,18 @@ class MCMixer(nn.Module):
             self.add_module(f"{name}_bias", Bias((self.num_heads,), start))
         if config.conv_kernel_size:
             for name, channels in (("q", keys), ("k", keys), ("v", values)):
-                conv = nn.Conv1d(channels, channels, config.conv_kernel_size, groups=channels, bias=False)
+                size, bias = config.conv_kernel_size, config.conv_bias
+                conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
                 self.add_module(f"{name}_conv", conv)
         if config.use_output_gate:
             self.g_proj = nn.Linear(width, values, bias=False)
-        self.o_norm = nn.RMSNorm(self.value_dim, eps=config.rms_norm_eps)
+        if config.value_skip:
+            self.skip = Bias((self.num_heads,), init.ones_)
+        self.o_norm = make_output_norm(config)
         self.o_proj = nn.Linear(values, width, bias=False)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
-            "heads": self.num_heads, "key_dim": self.key_dim, "value_dim": self.value_dim, "hidden_size": width,
+            "heads": self.num_heads, "key_heads": self.num_key_heads, "key_dim": self.key_dim,
+            "value_dim": self.value_dim, "hidden_size": width,
         }  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ project
@@ -115,10 +122,19 @@ class MCMixer(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
-        q, k, v = (self._heads(self._convolved(name, x, table, layer)) for name in "qkv")
+    def _key_heads(self, x: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+        """Queries or keys `[R, T, H, dk]` from `[R, T, key heads * dk]`."""
+        x = x.unflatten(-1, (self.num_key_heads, -1))
         if self.config.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            x = unit(x, self.config.qk_norm_eps)
+        if self.config.rope == "all":
+            x = rotate(x, table.token_position(), self.config.rope_parameters["rope_theta"])
+        shared = self.num_heads // self.num_key_heads
+        return x if shared == 1 else x.repeat_interleave(shared, -2)
+
+    def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
+        q, k, v = (self._convolved(name, x, table, layer) for name in "qkv")
+        q, k, v = self._key_heads(q, table), self._key_heads(k, table), self._heads(v)
         u = source = None
         if self.aggregation.uses_gates:
             u = self._heads(self.u_proj(x)) if self.config.gate_source == "projection" else q
@@ -233,10 +249,14 @@ class MCMixer(nn.Module):
         """Answers `[R, T, H, dv]` of compact tokens `[R, T, hidden]`, and their traces in the cache."""
         parts = self._project(x, table, layer)
         if self.config.mc_backend == "reference":
-            return self._reference(parts, table, layer)
-        if table.resumed and table.num_tokens == 1:
-            return self._tokens(parts, table, layer)
-        return self._grid(parts, table, layer)
+            out = self._reference(parts, table, layer)
+        elif table.resumed and table.num_tokens == 1:
+            out = self._tokens(parts, table, layer)
+        else:
+            out = self._grid(parts, table, layer)
+        if self.config.value_skip:
+            out = out + (self.skip(compute_dtype(out))[:, None] * parts.v).to(out.dtype)
+        return out
 
     @torch.no_grad()
     def replay(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, layer: MCCacheLayer) -> None:
@@ -264,7 +284,6 @@ class MCMixer(nn.Module):
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
             past_key_values.update(x, None, self.layer_idx)
-        out = self.o_norm(out)
-        if self.config.use_output_gate:
-            out = out * F.silu(self._heads(self.g_proj(x)))
+        gate = self._heads(self.g_proj(x)) if self.config.use_output_gate else None
+        out = self.o_norm(out, gate)
         return table.expand(self.o_proj(out.flatten(-2)))

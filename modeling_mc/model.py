@@ -230,8 +230,8 @@ class MCModel(MCPreTrainedModel):
         rope = None
         if self.has_attention:
             if position_ids is None:
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+                steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+                position_ids = (steps + self._seen(past_key_values))[None]
             rope = self.rotary_emb and self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -245,6 +245,13 @@ class MCModel(MCPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _seen(self, past: Cache | None) -> int | torch.Tensor:
+        """Tokens in the cache, by the first layer that this stage of a pipeline has."""
+        if past is None:
+            return 0
+        first = next(i for i, layer in enumerate(self.layers) if isinstance(layer, MCDecoderLayer))
+        return past.get_seq_length(first)
 
     def _attention_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -267,8 +274,7 @@ class MCModel(MCPreTrainedModel):
         if torch.compiler.is_compiling():
             return
         rows, num_tokens = inputs_embeds.shape[:2]
-        seen = 0 if past is None else int(past.get_seq_length())
-        allowed = [(rows, seen + num_tokens)]
+        allowed = [(rows, int(self._seen(past)) + num_tokens)]
         if not self.has_attention:
             allowed.append((rows, num_tokens))
         if tuple(mask.shape) not in allowed:

@@ -334,6 +334,14 @@ class SegmentTable:
         return conv(context.transpose(1, 2)).transpose(1, 2).contiguous(), self._take(context, last)
 
     # ------------------------------------------------------------------------------------------- segments in time
+    def token_position(self) -> torch.Tensor:
+        """`[R, T]` int64, position of every compact token in its sequence."""
+        steps = torch.arange(self.num_tokens, device=self.position.device)
+        if self.borders is None:
+            return self.position[:, None] + steps
+        owner = torch.searchsorted(self.borders[1:].contiguous(), steps, right=True)
+        return (steps - self.borders[owner.clamp(max=self.borders.numel() - 2)])[None]
+
     @property
     def finished_before(self) -> torch.Tensor:
         """`[R]` segments that each row had finished before this forward."""

@@ -81,14 +81,19 @@ class Memory(nn.Module):
     def __init__(self, config) -> None:
         super().__init__()
         self.gate_names = self.gate_names_for(config)
-        self.num_heads = config.num_attention_heads
-        self.key_dim = config.head_dim
-        self.value_dim = config.value_head_dim or config.head_dim
+        self.num_heads = config.memory_heads
+        self.key_dim = config.memory_key_dim
+        self.value_dim = config.memory_value_dim
 
     @classmethod
     def gate_names_for(cls, config) -> tuple[str, ...]:
         """`gate_names` of a memory whose gates depend on the config."""
         return cls.gate_names
+
+    @classmethod
+    def fp32_parameters_for(cls, config) -> tuple[str, ...]:
+        """`fp32_parameters` of a memory whose parameters depend on the config."""
+        return cls.fp32_parameters
 
     @property
     def align(self) -> int:

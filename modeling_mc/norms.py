@@ -1,0 +1,60 @@
+# Copyright 2026 the mc-transformers authors.
+"""Norms inside the mixer."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from ..configuration_mc import MCConfig
+
+
+def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """x `[..., d]` / its L2 norm; with `eps`, which published delta-rule models have, x / sqrt(|x|^2 + eps)."""
+    if eps is None:
+        return F.normalize(x, dim=-1)
+    x32 = x.float() if x.dtype != torch.float64 else x
+    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of each head's answer `[..., H, dv]`, then the output gate of the same shape."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        x = super().forward(x)
+        return x if gate is None else x * F.silu(gate)
+
+
+class GatedNorm(nn.Module):
+    """The output gate, then an RMS norm over all heads of one key head, as in Mamba-2; `[..., H, dv]`."""
+
+    def __init__(self, heads: int, width: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(heads * width))
+
+    def init_weights(self) -> None:
+        init.ones_(self.weight)
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        if gate is not None:
+            x = x * F.silu(gate)
+        grouped = x.flatten(-2).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+        return (self.weight * normed).view_as(x)
+
+
+class NoNorm(nn.Module):
+    """Only the output gate."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        return x if gate is None else x * F.silu(gate)
+
+
+def make_output_norm(config: MCConfig) -> nn.Module:
+    """What stands between the memories' answers and the output projection."""
+    heads, width = config.memory_heads, config.memory_value_dim
+    eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
+    if config.output_norm == "head":
+        return HeadNorm(width, eps=eps)
+    return GatedNorm(heads, width, config.memory_key_heads, eps) if config.output_norm == "gated" else NoNorm()
