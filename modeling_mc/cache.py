@@ -137,7 +137,7 @@ class MCCacheLayer(CacheLayerMixin):
     def _thaw(self) -> None:
         """Outside of inference mode, tensors that were made in it can be neither overwritten nor kept for a gradient:
         copy them, once."""
-        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
         if any(tensor.is_inference() for tensor in self.tensors.values()):
             self._map(torch.clone)
