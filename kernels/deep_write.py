@@ -57,15 +57,15 @@ class _Map:
         scores = (x @ _t(self.f)).mul_(mix)
         return (_lift(x, enter) @ self.stack).baddbmm_(scores, self.g, alpha=-1)
 
-    def answer_backward(self, grad, x, mix, enter):
-        """Gradients of x, and of the stack, f, g, mix and enter."""
+    def answer_backward(self, grad, x, mix, enter, grad_stack):
+        """Gradients of x, and of f, g, mix and enter; that of the stack is added to `grad_stack`."""
         products = x @ _t(self.f)
         grad_x, grad_enter = _unlift(grad @ _t(self.stack), x, enter)
         grad_scores = (grad @ _t(self.g)).neg_()
         grad_mix, grad_scores = grad_scores * products, grad_scores * mix
         grad_x = torch.baddbmm(grad_x, grad_scores, self.f)
-        grad_f, grad_g = _t(grad_scores) @ x, (_t(products * mix) @ grad).neg_()
-        return grad_x, (_t(_lift(x, enter)) @ grad, grad_f, grad_g, grad_mix, grad_enter)
+        grad_stack.baddbmm_(_t(_lift(x, enter)), grad)
+        return grad_x, (_t(grad_scores) @ x, (_t(products * mix) @ grad).neg_(), grad_mix, grad_enter)
 
     def end(self, leave: torch.Tensor, trans: torch.Tensor | None, out: torch.Tensor) -> None:
         written = _t(_lift(self.f, leave)), self.g
@@ -77,14 +77,14 @@ class _Map:
             out.baddbmm_(*written, alpha=-1)
 
     def end_backward(self, grad, leave, trans):
-        """Gradients of the stack, f, g, leave and trans from that of the stack after the chunk."""
+        """Gradients of the stack, and of f, g, leave and trans, from that of the stack after the chunk."""
         grad_f, grad_leave = _unlift(self.g @ _t(grad), self.f, leave)
-        grad_g, grad_stack, grad_trans = _lift(self.f, leave) @ grad, grad, None
+        grad_g, grad_trans = _lift(self.f, leave) @ grad, None
         if trans is not None:
-            parts = grad.reshape(len(trans), trans.shape[-2], -1)
-            grad_stack = (_t(trans) @ parts).view(self.stack.shape)
+            parts = grad.view(len(trans), trans.shape[-2], -1)
             grad_trans = parts @ _t(self.stack.reshape(len(trans), trans.shape[-1], -1))
-        return grad_stack, grad_f.neg_(), grad_g.neg_(), grad_leave.neg_(), grad_trans
+            grad = (_t(trans) @ parts).view(self.stack.shape)
+        return grad, (grad_f.neg_(), grad_g.neg_(), grad_leave.neg_(), grad_trans)
 
 
 class _Keys:
@@ -102,11 +102,11 @@ class _Keys:
         self.p = self.d1 @ _t(bases[1])
         self.d2 = gelu_backward(self.p, self.z)
 
-    def backward(self, grad_a, grad_d1, grad_d2):
-        """Gradients of k, v, both bases, scale and shift."""
+    def backward(self, grad_a, grad_d1, grad_d2, grad_bases):
+        """Gradients of k, v, scale and shift; those of the bases are added to `grad_bases`."""
         grad_p = gelu_backward(grad_d2, self.z)
         grad_d1 = torch.baddbmm(grad_d1, grad_p, self.bases[1])
-        grad_base1 = _t(grad_p) @ self.d1
+        grad_bases[1].baddbmm_(_t(grad_p), self.d1)
         grad_e = self.norm.backward(grad_d1)
         grad_r = grad_scale = grad_shift = grad_k = None
         if self.scale is not None:
@@ -125,11 +125,11 @@ class _Keys:
             grad_r = through_norm if grad_r is None else grad_r + through_norm
         if grad_r is not None:
             grad_a = torch.baddbmm(grad_a, grad_r, _t(self.bases[1]))
-            grad_base1 = grad_base1.baddbmm_(_t(self.a), grad_r)
+            grad_bases[1].baddbmm_(_t(self.a), grad_r)
         grad_z = gelu_backward(grad_a, self.z).addcmul_(gelu_second(self.z) * self.p, grad_d2)
+        grad_bases[0].baddbmm_(_t(self.k), grad_z)
         through_map = grad_z @ _t(self.bases[0])
-        grad_k = through_map if grad_k is None else grad_k + through_map
-        return grad_k, grad_v, _t(self.k) @ grad_z, grad_base1, grad_scale, grad_shift
+        return through_map if grad_k is None else grad_k + through_map, grad_v, grad_scale, grad_shift
 
 
 class _Gradients(dict):
@@ -168,18 +168,25 @@ class _Chunk:
         for part, stack in zip(self.maps, out, strict=True):
             part.end(self.leave, self.trans, stack)
 
-    def backward(self, grad_out: torch.Tensor, grad_stacks: list[torch.Tensor | None]) -> _Gradients:
-        """Gradients of everything, from those of the answers and of the stacks after the chunk (None = zero)."""
-        total = _Gradients()
-        for number, grad in enumerate(grad_stacks):
-            if grad is not None:
-                stack, f, g, leave, trans = self.maps[number].end_backward(grad, self.leave, self.trans)
-                total.add(leave=leave, trans=trans, **{f"stack{number}": stack, f"f{number}": f, f"g{number}": g})
+    def backward(self, grad_out, grad_stacks, separate_bases: bool):
+        """Gradients of everything but maps, by name, and those of the stacks and (if they are others) of the bases.
+
+        Args:
+            grad_out: `[G, c, d]`, of the answers.
+            grad_stacks: of the stacks after the chunk, None where zero; may be overwritten.
+        """
+        total, stacks = _Gradients(), []
+        for number, (part, grad) in enumerate(zip(self.maps, grad_stacks, strict=True)):
+            if grad is None:
+                stacks.append(part.stack.new_zeros(part.stack.shape))
+                continue
+            stack, rest = part.end_backward(grad, self.leave, self.trans)
+            stacks.append(stack)
+            total.add(**dict(zip((f"f{number}", f"g{number}", "leave", "trans"), rest, strict=True)))
 
         def read_backward(number: int, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-            grad_x, rest = self.maps[number].answer_backward(grad, x, self.mix, self.enter)
-            names = f"stack{number}", f"f{number}", f"g{number}", "mix", "enter"
-            total.add(**dict(zip(names, rest, strict=True)))
+            grad_x, rest = self.maps[number].answer_backward(grad, x, self.mix, self.enter, stacks[number])
+            total.add(**dict(zip((f"f{number}", f"g{number}", "mix", "enter"), rest, strict=True)))
             return grad_x
 
         if self.read >= 0:
@@ -193,12 +200,16 @@ class _Chunk:
                 grad_n = grad_out * self.scale
             grad_hidden = read_backward(1, norm.backward(grad_n), hidden)
             total.add(q=grad_out + read_backward(0, gelu_backward(grad_hidden, z), self.q))
+
+        if separate_bases:
+            bases = [torch.zeros_like(base) for base in self.keys.bases]
+        else:
+            bases = [stack[:, : base.shape[1]] for stack, base in zip(stacks, self.keys.bases, strict=True)]
         like = {"f1": self.keys.a, "g1": self.keys.d1, "g0": self.keys.d2}
         inner = [total.pop(name) if name in total else torch.zeros_like(x) for name, x in like.items()]
-        names = "k", "v", "base0", "base1", "scale", "shift"
-        total.add(**dict(zip(names, self.keys.backward(*inner), strict=True)))
+        total.add(**dict(zip(("k", "v", "scale", "shift"), self.keys.backward(*inner, bases), strict=True)))
         total.add(k=total.pop("f0", None))
-        return total
+        return total, stacks, bases
 
 
 class _Block:
@@ -288,7 +299,8 @@ class _Block:
         stacks = self._end_gradients(ends)
         last = last[self.rows].repeat_interleave(self.heads)[:, None, None]
         for index in reversed(range(self.num_chunks)):
-            found = chunks.pop().backward(grad_out[index], stacks)
+            separate = index == 0 and self.bases[0] is not None
+            found, stacks, bases = chunks.pop().backward(grad_out[index], stacks, separate)
             for name in set("qkv") & found.keys():
                 place = grads[name][self.rows].unflatten(1, (self.num_chunks, self.chunk))
                 place[:, index] = self.rejoin(found[name]).transpose(1, 2)
@@ -296,23 +308,16 @@ class _Block:
                 grads[name][self.rows, index, ..., : found[name].shape[-1]] = self.rejoin(found[name])
             for name in {"scale", "shift"} & found.keys():
                 grads[name] += self.rejoin(found[name]).sum(0)
-            stacks = []
-            for number, width in enumerate(self.widths):
-                base, stack = found[f"base{number}"], found.get(f"stack{number}")
-                if ends[number][2] is not None:
-                    base = base + self._maps(ends[number][2]) * (last == index)
-                if index == 0 and self.bases[number] is not None:
-                    grads[f"c{2 - number}"][self.rows] = self.rejoin(base)
-                elif stack is None:
-                    stack = F.pad(base, (0, 0, 0, self.stacks[number].shape[2] - width))
-                else:
-                    stack[:, :width] += base
-                stacks.append(stack)
+            for base, (_, _, grad) in zip(bases, ends, strict=True):
+                if grad is not None:
+                    base += self._maps(grad) * (last == index)
+            if separate:
+                for name, base in zip(("c2", "c1"), bases, strict=True):
+                    grads[name][self.rows] = self.rejoin(base)
         for number, (stack, width) in enumerate(zip(stacks, self.widths, strict=True)):
-            if stack is not None:
-                grads[f"w{2 - number}"][self.rows] = self.rejoin(stack[:, :width])
-                if self.start_parts > 1:
-                    grads[f"s{2 - number}"][self.rows] = self.rejoin(stack[:, width:])
+            grads[f"w{2 - number}"][self.rows] = self.rejoin(stack[:, :width])
+            if self.start_parts > 1:
+                grads[f"s{2 - number}"][self.rows] = self.rejoin(stack[:, width:])
 
 
 def _blocks(inputs: dict, kept: int) -> Iterator[_Block]:
