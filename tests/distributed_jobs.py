@@ -4,13 +4,18 @@
 """
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from helpers import assert_close, build, combinations, name_of, small_config, tokens
+from mc_transformers import MCForCausalLM
 from mc_transformers.modeling_mc.context_parallel import context_parallel, shard_batch
 
 
@@ -123,17 +128,149 @@ def context_parallel_refuses() -> None:
         shard_batch({"input_ids": ids, "position_ids": ids}, model.config)
 
 
+# --------------------------------------------------------------------------------- tensors, stages, shards of a model
+KINDS = {
+    "linear": {},
+    "gated_delta-ssc": {"memory": "gated_delta", "aggregation": "ssc"},
+    "titans-soup": {"memory": "titans", "aggregation": "soup", "gate_source": "query"},
+    "lstm-residual": {"memory": "lstm", "aggregation": "residual"},
+    "hybrid": {"layer_types": ["memory_caching", "full_attention", "memory_caching", "sliding_attention"],
+               "sliding_window": 5, "num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+}  # fmt: skip
+GREEDY = {"do_sample": False, "max_new_tokens": 14}
+
+
+@contextmanager
+def saved(fields: dict) -> Iterator[tuple[torch.nn.Module, str]]:
+    """A wild model, and the folder where all ranks find it."""
+    fields = SEGMENTS | {"num_hidden_layers": 4} | fields
+    model = build(small_config(**fields), dtype=torch.float64)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared, src=0)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        yield model, shared[0]
+        dist.barrier()
+
+
+def each_kind(check, kinds: tuple[str, ...] = tuple(KINDS)) -> None:
+    for kind in kinds:
+        try:
+            with saved(KINDS[kind]) as (model, folder):
+                check(model, folder)
+        except AssertionError as error:
+            raise AssertionError(f"{kind}: {error}") from error
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def check_generation(model, other) -> None:
+    """A padded batch, decoded past the border of a segment."""
+    ids = tokens(2, 2 * SIZE + 1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(other.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+def check_gradients(model, other, ids: torch.Tensor) -> None:
+    for one in (model, other):
+        one.train()
+        one(ids, labels=ids, use_cache=False).loss.backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        assert_close(whole(parameter.grad), expected[name].grad, 1e-5, f"gradient of {name}")
+
+
+def tensor_parallel(model, folder: str) -> None:
+    other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, tp_plan="auto").eval()
+    split = {name for name, p in other.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape}
+    assert {name.rsplit(".", 2)[1] for name in split} >= {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    ids = tokens(2, 3 * SIZE + 1)
+    with torch.no_grad():
+        assert_close(other(ids).logits, model(ids).logits, 1e-10, "logits")
+    check_generation(model, other)
+    check_gradients(model, other, ids)
+
+
+def tensor_parallel_equals_one_process() -> None:
+    each_kind(tensor_parallel)
+
+
+def pipeline(model, folder: str) -> None:
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(pp_size=2)
+    other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval()
+    stages = [type(layer).__name__ for layer in other.model.layers]
+    assert stages.count("PipelineIdentityLayer") == 2
+    ids = tokens(2, 3 * SIZE + 1)
+    with torch.no_grad():
+        assert_close(other(ids).logits, model(ids).logits, 1e-10, "logits")
+    check_generation(model, other)
+
+
+def pipeline_equals_one_process() -> None:
+    each_kind(pipeline)
+
+
+def sharded(model, folder: str) -> None:
+    """Transformers' own FSDP2: every rank trains on its own rows, the gradients are those of all rows."""
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(fsdp_size=2)
+    other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval()
+    assert all(isinstance(p, DTensor) for p in other.parameters())
+    rank, ids = dist.get_rank(), tokens(4, 3 * SIZE + 1)
+    mine = ids[2 * rank : 2 * rank + 2]
+    with torch.no_grad():
+        assert_close(other(mine).logits, model(mine).logits, 1e-10, "logits")
+    check_generation(model, other)
+    model.train()(ids, labels=ids).loss.backward()
+    other.train()(mine, labels=mine).loss.backward()
+    expected = dict(model.named_parameters())
+    for name, parameter in other.named_parameters():
+        assert_close(whole(parameter.grad), expected[name].grad, 1e-5, f"gradient of {name}")
+
+
+def sharding_equals_one_process() -> None:
+    each_kind(sharded)
+
+
+def sharding_in_half_precision() -> None:
+    """Decays and M_0 stay in fp32, in groups of their own: FSDP2 wants one dtype per group."""
+    from transformers.distributed import DistributedConfig
+
+    for kind in ("gated_delta-ssc", "titans-soup"):
+        with saved(KINDS[kind]) as (model, folder):
+            config = DistributedConfig(fsdp_size=2)
+            other = MCForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=config).train()
+            kept = {name for name, p in other.named_parameters() if p.dtype == torch.float32}
+            assert kept and all(name.endswith(".bias") for name in kept)
+            ids = tokens(2, 3 * SIZE + 1)
+            loss = other(ids, labels=ids).loss
+            loss.backward()
+            assert abs(loss.item() - model(ids, labels=ids).loss.item()) < 0.05
+            assert all(whole(p.grad).isfinite().all() for p in other.parameters())
+
+
 JOBS = {
     "context_parallel": (
         context_parallel_equals_one_process, context_parallel_with_checkpointing, context_parallel_refuses,
     ),
+    "sharding": (sharding_equals_one_process, sharding_in_half_precision),
 }  # fmt: skip
 
 
 def main(name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for job in JOBS[name]:
+    for job in JOBS[name] if name in JOBS else [globals()[name]]:
         job()
         dist.barrier()
         if dist.get_rank() == 0:
