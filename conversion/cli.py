@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
+from ..configuration_mc import CHOICES
 from . import info
 from .loading import DTYPES, default_device, load_config, load_model, load_tokenizer
 
@@ -122,6 +123,18 @@ def run_publish(args: argparse.Namespace) -> None:
         print(f"dry run: {len(files)} files, {total}, checked; nothing was uploaded")
     else:
         print(f"{len(files)} files, {total}: {commit.pr_url or commit.commit_url}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from .convert import convert
+
+    names = ("aggregation", "segment_size", "state_init", "num_selected_segments")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    output = convert(
+        args.checkpoint, args.output, args.source, args.dtype, args.max_shard_size, args.overwrite,
+        args.verify_logits, **fields,
+    )  # fmt: skip
+    print(f"{output}: converted" + (", the logits are those of the source" if args.verify_logits else ""))
 
 
 # ------------------------------------------------------------------------------------------------------------- parser
@@ -250,6 +263,31 @@ def _publish_parser(commands) -> None:
     parser.set_defaults(run=run_publish)
 
 
+def _convert_parser(commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="turn a checkpoint of another recurrent architecture into one of this family",
+        description="Strict: a weight that is missing or left over is an error. Without --aggregation the result is "
+        "the source itself, one endless segment.",
+        **_examples(
+            "convert mamba2-130m outputs/converted --verify-logits",
+            "convert mamba2-130m outputs/converted --aggregation grm --segment-size 256 --dtype bfloat16",
+        ),
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and weights")
+    parser.add_argument("output", metavar="FOLDER", help="where to write")
+    parser.add_argument("--from", dest="source", metavar="KIND", help="mamba2 (default: as config.json says)")
+    parser.add_argument("--aggregation", choices=CHOICES["aggregation"], help="how segments are read (none)")
+    parser.add_argument("--segment-size", type=positive, help="tokens per segment (256)")
+    parser.add_argument("--state-init", choices=CHOICES["state_init"], help="where a segment starts (independent)")
+    parser.add_argument("--num-selected-segments", type=positive, help="k of ssc (4)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as they are)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--verify-logits", action="store_true", help="load source and result and compare in fp32")
+    parser.set_defaults(run=run_convert)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -271,6 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     _eval_parser(commands)
     _bundle_parser(commands)
     _publish_parser(commands)
+    _convert_parser(commands)
     return parser
 
 

@@ -218,7 +218,7 @@ def test_a_token_is_never_printed(monkeypatch):
 
 
 def test_help_and_usage(capsys):
-    for command in ("env", "info", "generate", "eval", "bundle", "publish"):
+    for command in ("env", "info", "generate", "eval", "bundle", "publish", "convert"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"examples:\n  mc-transformers {command}" in capsys.readouterr().out

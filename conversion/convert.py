@@ -1,0 +1,207 @@
+# Copyright 2026 the mc-transformers authors.
+"""Conversion into the family: a config, a table of names, and nothing that is left over on either side."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from .. import MCConfig, MCForCausalLM
+from .files import new_folder
+from .reader import open_weights
+from .writer import ShardWriter
+
+
+# one source tensor, the config of the source, and the tensors for the rule's targets
+Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+TOLERANCE = 1e-4
+
+
+def keep(tensor: torch.Tensor, found: dict) -> Sequence[torch.Tensor]:
+    return (tensor,)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of checkpoint that can be converted.
+
+    Attributes:
+        name: for `--from`. model_types: what its config.json says.
+        make_config: config.json as a dictionary to the fields of an MCConfig; raises ValueError for what is missing.
+        rules: (pattern of a whole name, target names with groups, split), the first that matches counts.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    make_config: Callable[[dict], dict]
+    rules: tuple[tuple[str, tuple[str, ...], Split], ...]
+
+    def targets(self, name: str) -> tuple[list[str], Split]:
+        """Target names of a source tensor.
+
+        Raises:
+            ValueError: no rule knows it.
+        """
+        for pattern, targets, split in self.rules:
+            if match := re.fullmatch(pattern, name):
+                return [match.expand(target) for target in targets], split
+        raise ValueError(f"no rule of --from {self.name} knows the weight {name!r}: the checkpoint is of another kind")
+
+
+def refuse(piece: str, value: object, allowed: str) -> None:
+    """What a checkpoint has and the family has not.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"this checkpoint has {piece} ({value!r}), which the family has not; supported: {allowed}")
+
+
+def sources() -> dict[str, Source]:
+    """All kinds by name."""
+    from . import from_mamba2
+
+    return {source.name: source for source in (from_mamba2.SOURCE,)}
+
+
+def read_config(checkpoint: Path) -> dict:
+    """config.json as it is written.
+
+    Raises:
+        ValueError: no JSON.
+    """
+
+    def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
+        return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+    path = checkpoint / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+
+
+def find_source(found: dict, name: str | None = None) -> Source:
+    """The kind of a checkpoint, from its config.json, or the one that `name` asks for.
+
+    Raises:
+        ValueError: none fits; the message says what was found and what is supported.
+    """
+    known = sources()
+    if name is not None and name not in known:
+        raise ValueError(f"--from {name} is not known, allowed: {', '.join(known)}")
+    for source in known.values():
+        if found.get("model_type") in source.model_types and name in (None, source.name):
+            return source
+    supported = "; ".join(f"{source.name}: {', '.join(source.model_types)}" for source in known.values())
+    wanted = f" with --from {name}" if name else ""
+    raise ValueError(
+        f"found model_type={found.get('model_type')!r}, architectures={found.get('architectures')}{wanted}; "
+        f"supported: {supported}"
+    )
+
+
+def _fp32_names(model: MCForCausalLM) -> set[str]:
+    kept = set(model.model._keep_in_fp32_modules_strict or ())
+    return {name for name in model.state_dict() if kept & set(name.split("."))}
+
+
+def convert(
+    checkpoint: str | Path,
+    output: str | Path,
+    source: str | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    verify: bool = False,
+    **fields,
+) -> Path:
+    """Convert a checkpoint folder, tensor by tensor.
+
+    Weights that the source has not (the projection of content gates) start at zero: all gates are equal then, so that
+    "grm" starts as "mean" does, and with one segment as the source itself.
+
+    Args:
+        dtype: of the weights; "auto" = as they are. Decay rates, gate biases and skips are always fp32.
+        fields: of the MCConfig, for example aggregation and segment_size.
+
+    Raises:
+        ValueError: another architecture, a missing piece, weights that are missing, left over or of a wrong shape.
+    """
+    checkpoint = Path(checkpoint)
+    found = read_config(checkpoint)
+    kind = find_source(found, source)
+    if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
+        found = CONFIG_MAPPING[found["model_type"]].from_dict(found).to_dict()
+    config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
+    with torch.device("meta"):
+        model = MCForCausalLM(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    fp32, chosen, written = _fp32_names(model), None if dtype == "auto" else getattr(torch, dtype), {}
+    with new_folder(output, overwrite) as folder:
+        writer = ShardWriter(folder, max_shard_size)
+        for name, tensor in tqdm(open_weights(checkpoint), desc="convert", unit="tensor"):
+            targets, split = kind.targets(name)
+            parts = split(tensor, found) if targets else ()
+            for target, part in zip(targets, parts, strict=True):
+                if target == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                _check(name, target, part, wanted, written)
+                written[target] = torch.float32 if target in fp32 else chosen or part.dtype
+                writer.add(target, part.to(written[target], copy=True))
+        _fill_new(writer, wanted, written, chosen)
+        writer.close()
+        config.dtype = str(chosen or written["model.embed_tokens.weight"]).removeprefix("torch.")
+        config.architectures = ["MCForCausalLM"]
+        config.save_pretrained(folder)
+        for extra in COPIED:
+            if (checkpoint / extra).is_file():
+                (folder / extra).write_bytes((checkpoint / extra).read_bytes())
+        if verify:
+            verify_logits(checkpoint, folder)
+    return Path(output)
+
+
+def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: dict) -> None:
+    if target not in wanted:
+        raise ValueError(f"the weight {name!r} is left over: a model of this config has no {target!r}")
+    if target in written:
+        raise ValueError(f"the weight {name!r} would fill {target!r} a second time")
+    if part.shape != wanted[target]:
+        shapes = f"{tuple(part.shape)}, not {tuple(wanted[target])}"
+        raise ValueError(f"the weight {name!r} gives {target!r} of shape {shapes}")
+
+
+def _fill_new(writer: ShardWriter, wanted: dict, written: dict, chosen: torch.dtype | None) -> None:
+    missing = sorted(set(wanted) - set(written))
+    new = [name for name in missing if name.endswith(".mixer.u_proj.weight")]
+    if left := [name for name in missing if name not in new]:
+        raise ValueError(f"the checkpoint lacks {len(left)} weights, for example what gives {left[0]!r}")
+    for name in new:
+        writer.add(name, torch.zeros(wanted[name], dtype=chosen or written["model.embed_tokens.weight"]))
+
+
+@torch.no_grad()
+def verify_logits(checkpoint: str | Path, converted: str | Path) -> float:
+    """Largest difference of the logits in fp32 on random tokens, fewer than a segment.
+
+    Raises:
+        RuntimeError: it is larger than 1e-4.
+    """
+    ours = MCForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    length = 64 if ours.config.aggregation == "none" else min(64, ours.config.segment_size)
+    ids = torch.randint(0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    difference = (ours(ids).logits - theirs(ids).logits).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the converted model's logits differ by {difference:.1e}, allowed: {TOLERANCE:.0e}")
+    return difference

@@ -1,0 +1,70 @@
+# Copyright 2026 the mc-transformers authors.
+"""Weights of a checkpoint, one tensor at a time, whatever file they lie in; nothing in a file is ever executed."""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+class Weights:
+    """Names and tensors of a checkpoint, in the order of its files.
+
+    Args:
+        loaders: per file its path, and a function that gives (name, tensor) pairs one after the other.
+    """
+
+    def __init__(self, loaders: list[tuple[Path, Callable[[], Iterator[tuple[str, torch.Tensor]]]]]) -> None:
+        self._loaders = loaders
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, load in self._loaders:
+            try:
+                yield from load()
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged or cut off ({error})") from error
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            yield name, file.get_tensor(name)
+
+
+def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds code, which is not run, or is damaged: save a plain state dict") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or cut off ({str(error).splitlines()[0]})") from error
+    if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
+        raise ValueError(f"{path} is no state dict: a dictionary of names and tensors is needed")
+    yield from found.items()
+
+
+LAYOUTS = (("model", "safetensors", _safetensors), ("pytorch_model", "bin", _pickled))
+
+
+def open_weights(folder: str | Path) -> Weights:
+    """Weights of a folder: safetensors before pickled state dicts, with or without shards.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+    """
+    folder = Path(folder)
+    for stem, suffix, load in LAYOUTS:
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        names = [single.name] if single.exists() else []
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there")
+        if names:
+            return Weights([(folder / name, partial(load, folder / name)) for name in names])
+    raise FileNotFoundError(f"{folder} holds no model.safetensors and no pytorch_model.bin (nor an index of shards)")

@@ -1,0 +1,177 @@
+"""Mamba-2 of Transformers, converted: the same logits and tokens, and a start for every aggregation."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from mc_transformers import MCForCausalLM
+from mc_transformers.conversion import cli
+from mc_transformers.conversion.convert import convert, verify_logits
+
+
+FIELDS = {
+    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8, "state_size": 10,
+    "n_groups": 2, "expand": 2, "conv_kernel": 4, "chunk_size": 8, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+IDS = torch.randint(3, 61, (2, 41), generator=torch.Generator().manual_seed(1))
+
+
+def make_source(folder, **fields) -> Mamba2ForCausalLM:
+    """A small model with weights that have effect, saved in the layout of Transformers."""
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(**FIELDS | fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+            elif "A_log" not in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path / "source")
+
+
+VARIANTS = [{}, {"n_groups": 1}, {"tie_word_embeddings": True}, {"use_conv_bias": False}]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@torch.no_grad()
+def test_logits_and_tokens_are_those_of_the_source(tmp_path, fields):
+    theirs = make_source(tmp_path / "source", **fields)
+    convert(tmp_path / "source", tmp_path / "ours", max_shard_size="10KB", verify=True)
+    ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "grm", "ssc"])
+def test_it_runs_and_trains_with_segments(tmp_path, source, aggregation):
+    convert(tmp_path / "source", tmp_path / "ours", aggregation=aggregation, segment_size=8)
+    model = MCForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():  # one segment: the start is the source
+        assert (model.eval()(IDS[:, :8]).logits - source(IDS[:, :8]).logits).abs().max() < 1e-4
+    optimizer, losses = torch.optim.AdamW(model.train().parameters(), 3e-3), []
+    for _ in range(6):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    if aggregation != "mean":
+        assert all(layer.mixer.u_proj.weight.abs().max() > 0 for layer in model.model.layers)
+
+
+def test_new_gates_start_as_the_mean(tmp_path, source):
+    logits = []
+    for aggregation in ("mean", "grm"):
+        convert(tmp_path / "source", tmp_path / aggregation, aggregation=aggregation, segment_size=8)
+        with torch.no_grad():
+            logits.append(MCForCausalLM.from_pretrained(tmp_path / aggregation).eval()(IDS).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_decay_stays_fp32_in_a_half_precision_model(tmp_path, source):
+    convert(tmp_path / "source", tmp_path / "ours", dtype="bfloat16")
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    fp32 = {name.split(".", 4)[4] for name, x in weights.items() if x.dtype == torch.float32}
+    assert fp32 == {"a_bias.bias", "memory.A_log.bias", "skip.bias"}
+
+
+def test_command_line(tmp_path, source, capsys):
+    folders = (str(tmp_path / "source"), str(tmp_path / "ours"))
+    argv = ["convert", *folders, "--aggregation", "grm", "--segment-size", "64"]
+    assert cli.main([*argv, "--verify-logits"]) == 0
+    assert "the logits are those of the source" in capsys.readouterr().out
+    config = MCForCausalLM.from_pretrained(tmp_path / "ours").config
+    assert (config.aggregation, config.segment_size) == ("grm", 64)
+    assert cli.main(argv) == 1 and "exists already" in capsys.readouterr().err
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit.*inf"),
+        ({"use_bias": True}, "use_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"model_type": "llama"}, "model_type='llama'.*supported: mamba2"),
+        ({"conv_kernel": 3}, "conv1d.*shape"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_leaves_nothing(tmp_path, source, values, words):
+    change(tmp_path / "source", **values)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "source", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("old", "new", "words"), [("D", None, "lacks 1"), ("D", "E", "no rule")])
+def test_missing_and_left_over_weights(tmp_path, source, old, new, words):
+    file = tmp_path / "source" / "model.safetensors"
+    weights = load_file(file)
+    tensor = weights.pop(f"backbone.layers.1.mixer.{old}")
+    if new:
+        weights[f"backbone.layers.1.mixer.{new}"] = tensor
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "source", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickled", "missing shard"])
+def test_bad_files_are_refused_and_nothing_runs(tmp_path, source, damage, capsys):
+    folder = tmp_path / "source"
+    file = folder / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-50])
+    elif damage == "pickled":
+        file.unlink()
+        torch.save({"x": Payload()}, folder / "pytorch_model.bin")
+    else:
+        file.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model-1.safetensors"}}')
+    words = {"truncated": "damaged or cut off", "pickled": "is not run", "missing shard": "model-1.safetensors"}
+    with pytest.raises((ValueError, FileNotFoundError), match=words[damage]):
+        convert(folder, tmp_path / "ours")
+    assert "executed" not in capsys.readouterr().out and not (tmp_path / "ours").exists()
+
+
+def test_plain_state_dicts_convert_too(tmp_path, source):
+    folder = tmp_path / "source"
+    weights = load_file(folder / "model.safetensors")
+    convert(folder, tmp_path / "ours")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    convert(folder, tmp_path / "again")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_verification_sees_a_difference(tmp_path, source):
+    convert(tmp_path / "source", tmp_path / "ours")
+    file = tmp_path / "ours" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mixer.skip.bias"] += 0.01
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(RuntimeError, match="differ"):
+        verify_logits(tmp_path / "source", tmp_path / "ours")
