@@ -224,7 +224,7 @@ class _Block:
             None if inputs[name] is None else inputs[name][rows].to(dtype).transpose(0, 1).flatten(1, 2)
             for name in ("mix", "enter", "leave", "trans")
         )
-        self.num_rows = len(inputs["q"][rows])
+        self.total_rows, self.num_rows = len(inputs["q"]), rows.stop - rows.start
         self.scale, self.shift = (per_head(inputs[name], self.num_rows, dtype) for name in ("scale", "shift"))
         start = [[self._maps(inputs[name + number]) for name in "ws"] for number in "21"]
         self.bases = [self._maps(inputs[name]) for name in ("c2", "c1")]
@@ -265,19 +265,34 @@ class _Block:
         """`[G, ...]` to `[rows, H, ...]`."""
         return x.unflatten(0, (self.num_rows, self.heads))
 
-    def leave_ends(self, ends: list[torch.Tensor], last: torch.Tensor) -> None:
-        """Write this block's end states (W2, W1, C2, C1, S2, S1) after `write`."""
-        row, last = torch.arange(self.num_rows, device=last.device), last[self.rows]
+    def _running(self, run: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """The groups of rows that this block touches, their running rows counted in the block, and which it holds."""
+        size = self.total_rows // len(run)
+        groups = slice(self.rows.start // size, -(-self.rows.stop // size))
+        row = torch.arange(groups.start, groups.stop, device=run.device) * size + run[groups] - self.rows.start
+        return groups, row.clamp(0, self.num_rows - 1), (row >= 0) & (row < self.num_rows)
+
+    def leave_ends(self, ends: list[torch.Tensor], run: torch.Tensor, last: torch.Tensor) -> None:
+        """Write this block's end states (W2, W1, and C2, C1, S2, S1 of running rows) after `write`."""
+        groups, row, here = self._running(run)
+        here, last = here.view(-1, 1, 1, 1), last[groups]
         for number, (stack, width) in enumerate(zip(self.stacks, self.widths, strict=True)):
             ends[number][self.rows] = self.rejoin(stack[-1, :, :width])
             base = stack.unflatten(1, (self.num_rows, self.heads))[last, row, :, :width]
             if self.bases[number] is not None:
-                base = torch.where((last == 0).view(-1, 1, 1, 1), self.rejoin(self.bases[number]), base)
-            ends[2 + number][self.rows] = base
+                base = torch.where((last == 0).view(-1, 1, 1, 1), self.rejoin(self.bases[number])[row], base)
+            ends[2 + number][groups] = torch.where(here, base, ends[2 + number][groups])
             if stack.shape[2] > width:
-                ends[4 + number][self.rows] = self.rejoin(stack[-1, :, width:])
+                momentum = self.rejoin(stack[-1, :, width:])[row]
+                ends[4 + number][groups] = torch.where(here, momentum, ends[4 + number][groups])
 
-    def _end_gradients(self, ends: tuple) -> list[torch.Tensor | None]:
+    def _add_running(self, total: torch.Tensor, grad: torch.Tensor, run: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Add gradients `[groups, H, ...]` of running rows, where `chosen` `[groups]`, to those of all rows."""
+        groups, row, here = self._running(run)
+        grad = grad[groups].to(self.dtype) * (here & chosen[groups]).view(-1, 1, 1, 1)
+        total += torch.zeros_like(self.rejoin(total)).index_add_(0, row, grad).flatten(0, 1)
+
+    def _end_gradients(self, ends: tuple, run: torch.Tensor) -> list[torch.Tensor | None]:
         """Gradients of the last stacks from those of the parts W and S of every map, None where all are zero."""
         grads = []
         for stack, width, (grad_w, grad_s, _) in zip(self.stacks, self.widths, ends, strict=True):
@@ -288,16 +303,17 @@ class _Block:
             if grad_w is not None:
                 grad[:, :width] = self._maps(grad_w)
             if grad_s is not None and grad_s.numel():
-                grad[:, width:] = self._maps(grad_s)
+                self._add_running(grad[:, width:], grad_s, run, torch.ones_like(run, dtype=torch.bool))
             grads.append(grad)
         return grads
 
-    def backward(self, grad_out: torch.Tensor, ends: tuple, last: torch.Tensor, grads: dict) -> None:
+    def backward(
+        self, grad_out: torch.Tensor, ends: tuple, run: torch.Tensor, last: torch.Tensor, grads: dict
+    ) -> None:
         """Write this block's part of every gradient into `grads`, in the layout of the op's inputs."""
         chunks = [chunk for _, chunk in self.write()]
         grad_out = self._tokens(grad_out)
-        stacks = self._end_gradients(ends)
-        last = last[self.rows].repeat_interleave(self.heads)[:, None, None]
+        stacks = self._end_gradients(ends, run)
         for index in reversed(range(self.num_chunks)):
             separate = index == 0 and self.bases[0] is not None
             found, stacks, bases = chunks.pop().backward(grad_out[index], stacks, separate)
@@ -310,7 +326,7 @@ class _Block:
                 grads[name] += self.rejoin(found[name]).sum(0)
             for base, (_, _, grad) in zip(bases, ends, strict=True):
                 if grad is not None:
-                    base += self._maps(grad) * (last == index)
+                    self._add_running(base, grad, run, last == index)
             if separate:
                 for name, base in zip(("c2", "c1"), bases, strict=True):
                     grads[name][self.rows] = self.rejoin(base)
@@ -346,6 +362,7 @@ def deep_write_torch(
     s1: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    run: torch.Tensor,
     last: torch.Tensor,
     loss: str,
     read: int,
@@ -358,7 +375,7 @@ def deep_write_torch(
         answers = out[block.rows].unflatten(1, (block.num_chunks, block.chunk))
         for index, chunk in block.write():
             answers[:, index] = block.rejoin(chunk.answer()).transpose(1, 2)
-        block.leave_ends(ends, last)
+        block.leave_ends(ends, run, last)
     return outputs
 
 
@@ -385,6 +402,7 @@ def deep_write_backward_torch(
     s1: torch.Tensor | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
+    run: torch.Tensor,
     last: torch.Tensor,
     loss: str,
     read: int,
@@ -398,15 +416,17 @@ def deep_write_backward_torch(
     leading = list(inputs.items())[:DIFFERENTIABLE]
     grads = {name: q.new_empty(0) if x is None else torch.zeros_like(x, memory_format=DENSE) for name, x in leading}
     for block in _blocks(inputs, kept=12 * mix.shape[1]):
-        block.backward(grad_out, ends, last, grads)
+        block.backward(grad_out, ends, run, last, grads)
     return tuple(grads.values())
 
 
-def _fake(q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, shift, last, loss, read):
+def _fake(q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, shift, run, last, loss, read):
     dtype = compute_dtype(q)
     width = {ANSWER: q.shape[-1], NOTHING: 0, 0: w2.shape[-1], 1: w1.shape[-1]}[read]
-    ends = [w.new_empty(w.shape, dtype=dtype) for w in (w2, w1, w2, w1)]
-    ends += [w.new_empty(w.shape if leave.shape[-1] > 1 else 0, dtype=dtype) for w in (w2, w1)]
+    ends = [w.new_empty(w.shape, dtype=dtype) for w in (w2, w1)]
+    running = [(len(run), *w.shape[1:]) for w in (w2, w1)]
+    ends += [w2.new_empty(shape, dtype=dtype) for shape in running]
+    ends += [w2.new_empty(shape if leave.shape[-1] > 1 else 0, dtype=dtype) for shape in running]
     return q.new_empty(*q.shape[:-1], width), *ends
 
 

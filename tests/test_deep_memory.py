@@ -207,7 +207,7 @@ def test_work_may_be_cut_anywhere(monkeypatch, aggregation):
 
 
 # ----------------------------------------------------------------------------------------------------- gradchecks
-def write_arguments(parts: int, norm: bool, resumed: bool, read: int) -> list:
+def write_arguments(parts: int, norm: bool, resumed: bool, read: int, run: torch.Tensor) -> list:
     rows, chunks, size, heads, d, h = 2, 2, 2, 1, 3, 4
     tokens_of = (rows, chunks * size, heads)
     start = randn(rows, heads, d, h), randn(rows, heads, h, d)
@@ -223,7 +223,8 @@ def write_arguments(parts: int, norm: bool, resumed: bool, read: int) -> list:
         torch.rand(rows, chunks, heads, parts, parts, dtype=torch.float64).triu() if parts > 1 else None,
         *maps,
         *((randn(heads, d) + 1, randn(heads, d)) if norm else (None, None)),
-        torch.tensor([1, 0]),
+        run,
+        torch.tensor([1, 0])[: len(run)],
     ]
 
 
@@ -235,9 +236,12 @@ def gradcheck(op, arguments: list, *rest) -> None:
 @pytest.mark.parametrize("read", [writes.ANSWER, 0, 1, writes.NOTHING])
 @pytest.mark.parametrize("loss", ["dot", "l2"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize(("parts", "resumed"), [(1, False), (2, False), (2, True)])
-def test_gradcheck_of_the_write(parts, resumed, norm, loss, read):
-    gradcheck(writes.deep_write, write_arguments(parts, norm, resumed, read), loss, read)
+@pytest.mark.parametrize(
+    ("parts", "resumed", "run"), [(1, False, [0, 0]), (2, False, [0, 0]), (2, True, [0, 0]), (2, True, [1])], ids=str
+)
+def test_gradcheck_of_the_write(monkeypatch, parts, resumed, run, norm, loss, read):
+    monkeypatch.setattr(writes, "BUDGET", 1)
+    gradcheck(writes.deep_write, write_arguments(parts, norm, resumed, read, torch.tensor(run)), loss, read)
 
 
 def deep_read_arguments(norm: bool, **sizes) -> list:

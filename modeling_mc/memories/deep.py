@@ -78,8 +78,17 @@ class Layout:
         x = torch.stack(steps, 1)
         return x.view(self.rows, self.num, x.shape[2], *x.shape[3:])[:, :, : self.width]
 
+    def running(self, table: SegmentTable) -> torch.Tensor:
+        """Which row of each group of rows of a call leaves its C and S. A group is a single row where a later call
+        needs every S, else all segments of a sequence: C and S mean something in the unfinished one alone."""
+        if self.steps > 1 or self.pieces > 1 or self.num == 1:
+            return torch.zeros(self.batch, dtype=torch.int64, device=table.valid.device)
+        return table.running_index().clamp(max=self.num - 1)
+
     def ends(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """One `[B, H, ...]` per step to `[R, N, H, ...]`."""
+        """One `[B, H, ...]` (or one per sequence) per step to `[R, N, H, ...]`."""
+        if self.steps == 1 and len(parts[0]) == self.rows:
+            return parts[0][:, None].expand(-1, self.num, *parts[0].shape[1:])
         return torch.stack(parts, 1).view(self.rows, self.num, *parts[0].shape[1:])
 
 
@@ -221,13 +230,14 @@ class DeepMemory(Memory):
         read = self.first_read if table.segment_size == self.answered else NOTHING
         norm = self.norm
         maps = self._start(layout, state, q.device, compute_dtype(q))
-        calls, answers, ends = [], [], []
+        calls, answers, ends, run = [], [], [], layout.running(table)
         for number, (queries, inputs, begun) in enumerate(self._inputs(layout, q, k, v, gates, table)):
             step, piece = divmod(number, layout.pieces)
             if step > 0 and piece == 0 and table.starts is not None:
                 maps = self._restart(maps, table.starts[:, step])
+            begun = begun.unflatten(0, (len(run), -1))[torch.arange(len(run), device=q.device), run]
             last = (begun * torch.arange(begun.shape[1], device=q.device)).amax(1)
-            calls.append((*inputs, *maps, *norm, last))
+            calls.append((*inputs, *maps, *norm, run, last))
             answer, *end = deep_write(queries, *calls[-1], self.loss, read)
             answers.append(answer)
             if piece > 0:  # without a token in this piece, the running inner chunk is an earlier one
