@@ -94,10 +94,13 @@ def make_wild(model: nn.Module) -> nn.Module:
     return model
 
 
-def build(config: MCConfig, cls: type = MCForCausalLM, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A wild model in evaluation mode."""
+def build(
+    config: MCConfig, cls: type = MCForCausalLM, dtype: torch.dtype = torch.float32, seed: int = 0, wild: bool = True
+) -> nn.Module:
+    """A model in evaluation mode; `wild=False` leaves the weights as the library initialises them."""
     torch.manual_seed(seed)
-    return make_wild(cls(config).to(dtype)).eval()
+    model = cls(config).to(dtype)
+    return (make_wild(model) if wild else model).eval()
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
