@@ -22,33 +22,42 @@ target: str | None = None
 
 
 @functools.cache
-def _tuned(kernel, configs: tuple[tuple[int, int], ...], names: tuple[str, ...], accumulates: tuple[str, ...]):
-    choices = [triton.Config({}, num_warps=warps, num_stages=stages) for warps, stages in configs]
+def _tuned(kernel, configs: tuple, names: tuple[str, ...], accumulates: tuple[str, ...]):
+    choices = []
+    for blocks, warps, stages in configs:
+        choices.append(triton.Config(dict(blocks), num_warps=warps, num_stages=stages))
     return triton.autotune(choices, key=list(names), restore_value=list(accumulates), cache_results=True)(kernel)
 
 
 def launch(
-    kernel, grid: tuple[int, ...], args: dict, meta: dict, configs: list[dict], accumulates: tuple[str, ...] = ()
+    kernel,
+    grid: Callable[[dict], tuple[int, ...]],
+    args: dict,
+    meta: dict,
+    configs: list[tuple[dict, int, int]],
+    accumulates: tuple[str, ...] = (),
 ) -> None:
     """Run `kernel` with the fastest of `configs`, measured once per set of `meta` (widths and flags, never lengths).
 
     Args:
-        grid: numbers of programs. args: pointers (None where a flag says unused) and run-time integers by name.
-        meta: compile-time constants by name. configs: num_warps and num_stages; the first one is taken where there is
-            nothing to measure (interpreter, deterministic mode).
+        grid: from all constants to the numbers of programs. args: pointers (None where a flag says unused) and
+            run-time integers by name. meta: compile-time constants by name.
+        configs: more constants, num_warps and num_stages. The first one is taken where there is nothing to measure
+            (interpreter, deterministic mode).
         accumulates: tensors that the kernel adds to, which measuring must not change.
     """
     if recorder is not None:
-        for config in configs:
-            recorder(kernel, args, {**meta, **config})
+        for blocks, warps, stages in configs:
+            recorder(kernel, args, {**meta, **blocks, "num_warps": warps, "num_stages": stages})
         return
     device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
         if INTERPRETED.value or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
-            kernel[grid](**args, **meta, **configs[0])
+            blocks, warps, stages = configs[0]
+            kernel[grid](**args, **meta, **blocks, num_warps=warps, num_stages=stages)
         else:
-            choices = tuple((config["num_warps"], config["num_stages"]) for config in configs)
+            choices = tuple((tuple(blocks.items()), warps, stages) for blocks, warps, stages in configs)
             _tuned(kernel, choices, tuple(sorted(meta)), accumulates)[grid](**args, **meta)
 
 
@@ -71,12 +80,12 @@ def power_of_two(width: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(width))
 
 
-def split_width(width: int) -> int:
-    """Block size for a dimension that products sum over: it covers 16 ... 256 with little padding and few blocks."""
+def split_width(width: int, largest: int = 128) -> int:
+    """Block size for a dimension that products sum over: few blocks, and 96 = 3 * 32, 48 = 3 * 16 without padding."""
     for block in (128, 64, 32, 16):
-        if width % block == 0 and width // block <= 4:
+        if block <= largest and width % block == 0 and width // block <= 4:
             return block
-    return min(128, power_of_two(width))
+    return min(largest, power_of_two(width))
 
 
 def operand_dtype(*tensors: torch.Tensor) -> torch.dtype:

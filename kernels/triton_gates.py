@@ -5,13 +5,13 @@ G = rows x heads. They cost 4 bytes where a matrix memory's read costs dk * dv m
 kernels are plain products that know nothing of gates. `query_blocks` bounds their size; nothing is kept for backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from .triton_common import dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
+from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
 
 
 ELEMENTS = 2**27  # gates that are held at once, unless fewer tokens than PROGRAMS tiles would be left
@@ -111,11 +111,12 @@ def _gates_kernel(
 @triton.jit
 def _gates_backward_kernel(
     gates, grad_gates, shared, u, summaries, online_gate, grad_online, grad_u, grad_logit,
-    begin, count, num, width, heads, memories,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    begin, count, num, width, heads, memories, part_stride, token_stride,
+    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, SIGMOID: tl.constexpr, PARTS: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of u and the online logit; that of the gates is replaced by that of the logits. Programs as above."""
+    """Gradients of u and the online logit. The gradient of the gates, in PARTS that add up, is replaced by that of the
+    logits (in the first part). Programs as above."""
     tiles = tl.cdiv(width, BT)
     group = tl.cast(tl.program_id(0) // (count * tiles), tl.int64)
     place = tl.program_id(0) % (count * tiles)
@@ -134,7 +135,9 @@ def _gates_backward_kernel(
     if SIGMOID:
         b_grad_logit = b_grad_own * b_own * (1 - b_own)
     else:
-        b_shared = tl.load(shared + token, mask=m_t, other=0.0) + b_own * b_grad_own
+        b_shared = b_own * b_grad_own
+        for part in tl.static_range(PARTS):
+            b_shared += tl.load(shared + tl.cast(part, tl.int64) * token_stride + token, mask=m_t, other=0.0)
         b_grad_logit = b_own * (b_grad_own - b_shared)
     tl.store(grad_logit + token, b_grad_logit.to(grad_logit.dtype.element_ty), mask=m_t)
 
@@ -149,6 +152,8 @@ def _gates_backward_kernel(
         m_gate = m_t[:, None] & m_memory[None, :]
         b_gate = tl.load(gates + o_gate, mask=m_gate, other=0.0)
         b_grad = tl.load(grad_gates + o_gate, mask=m_gate, other=0.0)
+        for part in tl.static_range(1, PARTS):
+            b_grad += tl.load(grad_gates + tl.cast(part, tl.int64) * part_stride + o_gate, mask=m_gate, other=0.0)
         if SIGMOID:
             b_grad = b_grad * b_gate * (1 - b_gate)
         else:
@@ -222,14 +227,18 @@ class Gates:
         self.meta = {
             "DU": self.summary_dim, "BU": power_of_two(self.summary_dim), "BLOCKS": summaries.shape[3],
             "SIGMOID": function == "sigmoid", "PRECISION": dot_precision(self.u),
-            "BT": min(64, power_of_two(self.width)), "BN": min(32, power_of_two(self.memories)),
+            "BN": min(32, power_of_two(self.memories)),
         }  # fmt: skip
+        crowded = chip(u) == "ampere" and power_of_two(self.summary_dim) * summaries.shape[3] > 128
+        tile = min(32 if crowded else 64, power_of_two(self.width))
+        self.configs = [({"BT": tile}, 4, 1 if chip(u) == "amd" else 2)]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return query_blocks(self.num, self.width, self.groups, self.memories)
 
-    def _programs(self, count: int) -> int:
-        return self.groups * count * triton.cdiv(self.width, self.meta["BT"])
+    def tiles(self, count: int, blocks: int = 1) -> Callable[[dict], tuple[int]]:
+        """Programs for tiles of BT tokens of `count` query segments, times `blocks`."""
+        return lambda meta: (self.groups * count * triton.cdiv(self.width, meta["BT"]) * blocks,)
 
     def block(self, begin: int, count: int) -> torch.Tensor:
         gates = self.u.new_empty(self.groups, self.memories, count * self.width, dtype=torch.float32)
@@ -237,31 +246,31 @@ class Gates:
             "u": self.u, "summaries": self.summaries, "online_logit": self.online_logit, "birth": self.birth,
             "first": self.first, "gates": gates, "online_gate": self.online_gate, "begin": begin, "count": count,
         }  # fmt: skip
-        launch(_gates_kernel, (self._programs(count),), args | self.sizes, self.meta, [CONFIG])
+        launch(_gates_kernel, self.tiles(count), args | self.sizes, self.meta, self.configs)
         return gates
 
     def begin_backward(self, grad_online: torch.Tensor) -> None:
         self.grad_online = grad_online.contiguous()
-        self.shared = torch.empty_like(self.online_gate)
         self.grad_u, self.grad_logit = torch.empty_like(self.u), torch.empty_like(self.online_logit)
         self.grad_summaries = torch.zeros(self.summaries.shape, dtype=torch.float32, device=self.u.device)
 
-    def block_backward(self, begin: int, count: int, gates: torch.Tensor, grad_gates: torch.Tensor) -> None:
-        """Takes the gradient of the gates, which it overwrites; the reader has filled `shared`, the sum of gate x its
-        gradient per token."""
+    def block_backward(
+        self, begin: int, count: int, gates: torch.Tensor, grad_gates: torch.Tensor, shared: torch.Tensor
+    ) -> None:
+        """Takes the gradient of the gates `[parts, G, S, T]`, which it overwrites, and per token the sum of gate x its
+        gradient `[parts, R, N, W, H]`."""
         args = {
-            "gates": gates, "grad_gates": grad_gates, "shared": self.shared, "u": self.u, "summaries": self.summaries,
+            "gates": gates, "grad_gates": grad_gates, "shared": shared, "u": self.u, "summaries": self.summaries,
             "online_gate": self.online_gate, "grad_online": self.grad_online, "grad_u": self.grad_u,
-            "grad_logit": self.grad_logit, "begin": begin, "count": count,
+            "grad_logit": self.grad_logit, "begin": begin, "count": count, "part_stride": gates.numel(),
+            "token_stride": self.online_gate.numel(),
         }  # fmt: skip
-        launch(_gates_backward_kernel, (self._programs(count),), args | self.sizes, self.meta, [CONFIG])
+        meta = self.meta | {"PARTS": len(grad_gates)}
+        launch(_gates_backward_kernel, self.tiles(count), args | self.sizes, meta, self.configs)
         args = {
             "grad_logits": grad_gates, "u": self.u, "summaries": self.summaries,
             "grad_summaries": self.grad_summaries, "begin": begin, "count": count,
         }  # fmt: skip
         meta = {key: value for key, value in self.meta.items() if key != "SIGMOID"}
         grid = (self.groups * triton.cdiv(self.memories, meta["BN"]), meta["BLOCKS"])
-        launch(_summaries_backward_kernel, grid, args | self.sizes, meta, [CONFIG])
-
-
-CONFIG = {"num_warps": 4, "num_stages": 2}
+        launch(_summaries_backward_kernel, lambda _: grid, args | self.sizes, meta, self.configs)

@@ -202,8 +202,8 @@ class _Units:
             "END": {"no": NEVER, "first": FIRST, "every": EVERY}[end].value,
             "WRITE": write, "FLOW": x is not None, "PRECISION": dot_precision(b),
         }  # fmt: skip
-        grid = (self.rows * self.per_row * self.heads * blocks,)
-        launch(_unit_kernel, grid, args, meta, [{"num_warps": warps, "num_stages": 2}])
+        programs = self.rows * self.per_row * self.heads * blocks
+        launch(_unit_kernel, lambda _: (programs,), args, meta, [({}, warps, 2)])
         return y, end_states, None if flow is None else flow.sum(0)
 
     def pass_on(self, local, initial=None, extra=None, reverse=False):
@@ -221,7 +221,7 @@ class _Units:
             "REVERSE": reverse, "BLOCK": 256,
         }  # fmt: skip
         grid = (self.rows * self.heads, triton.cdiv(size, meta["BLOCK"]))
-        launch(_carry_kernel, grid, args, meta, [{"num_warps": 2, "num_stages": 1}])
+        launch(_carry_kernel, lambda _: grid, args, meta, [({}, 2, 1)])
         return begin, final
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:

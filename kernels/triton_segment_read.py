@@ -11,17 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_width
+from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_width
 from .triton_gates import Gates
 
 
 @triton.jit
-def load_blocks(p_rows, m_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
-    """Rows of `WIDTH` elements, pointers [BT], as NUMBER blocks [BT, BLOCK]."""
+def load_blocks(p_rows, m_rows, width, BLOCK: tl.constexpr, NUMBER: tl.constexpr):
+    """Rows of `width` elements, pointers [BT], as NUMBER blocks [BT, BLOCK]."""
     blocks = ()
     for number in tl.static_range(NUMBER):
         o_block = number * BLOCK + tl.arange(0, BLOCK)
-        mask = m_rows[:, None] & (o_block < WIDTH)[None, :]
+        mask = m_rows[:, None] & (o_block < width)[None, :]
         blocks = blocks + (tl.load(p_rows[:, None] + o_block[None, :], mask=mask, other=0.0),)
     return blocks
 
@@ -64,21 +64,22 @@ def _read_kernel(
 @triton.jit
 def _read_backward_kernel(
     grad_out, q, states, gates, first, grad_q, grad_gates, shared,
-    begin, count, num, width, heads, memories,
+    begin, count, num, width, heads, memories, part_stride, token_stride,
     DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    BT: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Also leaves the sum of gate x its gradient of every token in `shared`. Programs: (row, head) x (query segment,
-    last first; tile of BT tokens)."""
+    """Also leaves the sum of gate x its gradient of every token in `shared`. A part is NK blocks of BK; what it gives
+    to the gates is a part, too. Programs: (row, head) x (query segment, last first; tile of BT tokens; part)."""
     tiles = tl.cdiv(width, BT)
-    group = tl.cast(tl.program_id(0) // (count * tiles), tl.int64)
-    place = tl.program_id(0) % (count * tiles)
-    tile, local = place % tiles, count - 1 - place // tiles
+    group = tl.cast(tl.program_id(0) // (count * tiles * PARTS), tl.int64)
+    place = tl.program_id(0) % (count * tiles * PARTS)
+    part, tile, local = tl.cast(place % PARTS, tl.int64), place // PARTS % tiles, count - 1 - place // PARTS // tiles
     segment, row, head = begin + local, group // heads, group % heads
     o_t = tile * BT + tl.arange(0, BT)
     m_t = o_t < width
     token = ((row * num + segment) * width + o_t) * heads + head
-    b_q = load_blocks(q + token * DK, m_t, DK, BK, NK)
+    first_key = part * NK * BK
+    b_q = load_blocks(q + token * DK + first_key, m_t, DK - first_key, BK, NK)
     b_go = load_blocks(grad_out + token * DV, m_t, DV, BV, NV)
     b_grad = ()
     for _ in tl.static_range(NK):
@@ -86,6 +87,7 @@ def _read_backward_kernel(
     b_shared = tl.zeros((BT,), tl.float32)
     first_memory, visible = tl.load(first + row * num + segment), memories - num + segment
     p_token = group * memories * count * width + local * width + o_t
+    grad_gates += part * part_stride
     for memory in range(0, first_memory):  # the gradient of hidden memories' gates is read, too
         o_gate = p_token + tl.cast(memory, tl.int64) * count * width
         tl.store(grad_gates + o_gate, tl.zeros((BT,), tl.float32), mask=m_t)
@@ -97,21 +99,21 @@ def _read_backward_kernel(
         p_state = states + ((row * memories + i) * heads + head) * DK * DV
         b_next = ()
         for number in tl.static_range(NK):
-            o_k = number * BK + tl.arange(0, BK)
+            o_k = first_key + number * BK + tl.arange(0, BK)
             b_back = tl.zeros((BT, BK), tl.float32)
-            for part in tl.static_range(NV):
-                o_v = part * BV + tl.arange(0, BV)
+            for piece in tl.static_range(NV):
+                o_v = piece * BV + tl.arange(0, BV)
                 mask = (o_v < DV)[:, None] & (o_k < DK)[None, :]
                 b_state = tl.load(p_state + o_k[None, :] * DV + o_v[:, None], mask=mask, other=0.0)  # [BV, BK]
-                b_back = dot(b_go[part], b_state, b_back, PRECISION)
+                b_back = dot(b_go[piece], b_state, b_back, PRECISION)
             b_grad_gate += tl.sum(b_q[number].to(tl.float32) * b_back, 1)
             b_next = b_next + (b_grad[number] + b_gate[:, None] * b_back,)
         b_grad = b_next
         b_shared += b_gate * b_grad_gate
         tl.store(grad_gates + o_gate, b_grad_gate, mask=m_t)
-    tl.store(shared + token, b_shared, mask=m_t)
+    tl.store(shared + part * token_stride + token, b_shared, mask=m_t)
     for number in tl.static_range(NK):
-        o_k = number * BK + tl.arange(0, BK)
+        o_k = first_key + number * BK + tl.arange(0, BK)
         p_grad = grad_q + token[:, None] * DK + o_k[None, :]
         tl.store(p_grad, narrow(b_grad[number], grad_q.dtype.element_ty), mask=m_t[:, None] & (o_k < DK)[None, :])
 
@@ -159,50 +161,64 @@ class _Read:
         dtype = operand_dtype(q, states) if q.dtype == torch.float32 else q.dtype
         self.q, self.states = q.to(dtype).contiguous(), states.to(dtype).contiguous()
         self.key_dim, self.value_dim = states.shape[-2:]
-        self.sizes = gates.sizes
         self.meta = {"DK": self.key_dim, "DV": self.value_dim, "PRECISION": dot_precision(self.q)}
-        self.tile = min(power_of_two(gates.width), 32 if dtype == torch.float32 else 128)
+        self.on = chip(q)
+        self.wide = max(self.key_dim, self.value_dim) > 128
 
-    def _grid(self, count: int, tile: int, blocks: int = 1) -> tuple[int]:
-        return (self.gates.groups * count * triton.cdiv(self.gates.width, tile) * blocks,)
-
-    def _blocks(self, begin: int, count: int) -> dict:
-        return {"begin": begin, "count": count} | self.sizes
+    def _configs(self, *choices: tuple[int, int, int]) -> list[tuple[dict, int, int]]:
+        """From (tile, warps, stages)."""
+        largest = min(power_of_two(self.gates.width), 32 if self.q.dtype == torch.float32 else 128)
+        if self.on == "amd":
+            choices = [(64, 4, 2)]
+        kept = {(min(tile, largest), warps, stages) for tile, warps, stages in choices if tile <= largest}
+        kept = sorted(kept, reverse=True) or [(largest, 4, choices[0][2])]
+        return [({"BT": tile}, warps, stages) for tile, warps, stages in kept]
 
     def read(self, out: torch.Tensor, gates: torch.Tensor, begin: int, count: int) -> None:
-        key_block = split_width(self.key_dim)
-        block = min(power_of_two(self.value_dim), 128)
-        meta = self.meta | {"BK": key_block, "NK": triton.cdiv(self.key_dim, key_block), "BV": block, "BT": self.tile}
-        args = {"q": self.q, "states": self.states, "gates": gates, "first": self.gates.first, "out": out}
-        grid = self._grid(count, self.tile, triton.cdiv(self.value_dim, block))
-        launch(_read_kernel, grid, args | self._blocks(begin, count), meta, CONFIGS)
+        key_block = split_width(self.key_dim, 128 if self.on == "hopper" and not self.wide else 64)
+        block = min(power_of_two(self.value_dim), 64 if self.on == "amd" and self.wide else 128)
+        meta = self.meta | {"BK": key_block, "NK": triton.cdiv(self.key_dim, key_block), "BV": block}
+        args = {
+            "q": self.q, "states": self.states, "gates": gates, "first": self.gates.first, "out": out,
+            "begin": begin, "count": count,
+        }  # fmt: skip
+        grid = self.gates.tiles(count, triton.cdiv(self.value_dim, block))
+        stages = 2 if self.wide else 3
+        launch(
+            _read_kernel, grid, args | self.gates.sizes, meta, self._configs((128, 8, stages), (64, 4, stages))
+        )
 
-    def backward(self, grads, grad_out, gates, begin: int, count: int) -> torch.Tensor:
-        """Writes to grad_q, adds to grad_states; the gradient of the gates."""
-        grad_q, grad_states = grads
-        grad_gates = torch.empty_like(gates)
-        key_block, value_block = split_width(self.key_dim), split_width(self.value_dim)
-        tile = min(self.tile, 64)
+    def backward(self, grad_q, grad_states, grad_out, gates, begin: int, count: int):
+        """Writes to grad_q, adds to grad_states; the gradient of the gates in parts, and per token the sum of gate x
+        its gradient."""
+        parts = triton.cdiv(self.key_dim, 128)
+        key_block, value_block = split_width(min(self.key_dim, 128)), split_width(self.value_dim)
+        grad_gates = gates.new_empty(parts, *gates.shape)
+        shared = gates.new_empty(parts, *self.q.shape[:-1])
         meta = self.meta | {
-            "BK": key_block, "NK": triton.cdiv(self.key_dim, key_block),
-            "BV": value_block, "NV": triton.cdiv(self.value_dim, value_block), "BT": tile,
+            "BK": key_block, "NK": triton.cdiv(min(self.key_dim, 128), key_block), "PARTS": parts,
+            "BV": value_block, "NV": triton.cdiv(self.value_dim, value_block),
         }  # fmt: skip
         args = {
             "grad_out": grad_out, "q": self.q, "states": self.states, "gates": gates, "first": self.gates.first,
-            "grad_q": grad_q, "grad_gates": grad_gates, "shared": self.gates.shared,
+            "grad_q": grad_q, "grad_gates": grad_gates, "shared": shared, "begin": begin, "count": count,
+            "part_stride": gates.numel(), "token_stride": self.q.shape[:-1].numel(),
         }  # fmt: skip
-        launch(_read_backward_kernel, self._grid(count, tile), args | self._blocks(begin, count), meta, CONFIGS)
-        meta = self.meta | {
-            "BK": min(power_of_two(self.key_dim), 128), "BV": min(power_of_two(self.value_dim), 128), "BT": tile
-        }  # fmt: skip
+        grid = self.gates.tiles(count, parts)
+        stages = 2 if self.wide else 3
+        launch(_read_backward_kernel, grid, args | self.gates.sizes, meta, self._configs((64, 8, stages)))
+        meta = self.meta | {"BK": min(power_of_two(self.key_dim), 128), "BV": min(power_of_two(self.value_dim), 128)}
         blocks = triton.cdiv(self.key_dim, meta["BK"]) * triton.cdiv(self.value_dim, meta["BV"])
-        args = {"grad_out": grad_out, "q": self.q, "gates": gates, "grad_states": grad_states}
-        grid = (self.gates.groups * self.gates.memories * blocks,)
-        launch(_states_backward_kernel, grid, args | self._blocks(begin, count), meta, CONFIGS, ("grad_states",))
-        return grad_gates
-
-
-CONFIGS = [{"num_warps": 8, "num_stages": 3}]
+        args = {
+            "grad_out": grad_out, "q": self.q, "gates": gates, "grad_states": grad_states, "begin": begin,
+            "count": count,
+        }  # fmt: skip
+        programs = self.gates.groups * self.gates.memories * blocks
+        launch(
+            _states_backward_kernel, lambda _: (programs,), args | self.gates.sizes, meta, self._configs((64, 8, 3)),
+            ("grad_states",),
+        )  # fmt: skip
+        return grad_gates, shared
 
 
 def forward(q, u, states, summaries, online_logit, birth, first, function):
@@ -226,8 +242,8 @@ def backward(
     grad_q, grad_states = torch.empty_like(q), torch.zeros(states.shape, dtype=torch.float32, device=q.device)
     for begin, count in gates.blocks():
         weights = gates.block(begin, count)
-        grad_gates = read.backward((grad_q, grad_states), grad_out, weights, begin, count)
-        gates.block_backward(begin, count, weights, grad_gates)
+        grads = read.backward(grad_q, grad_states, grad_out, weights, begin, count)
+        gates.block_backward(begin, count, weights, *grads)
     return (
         grad_q,
         gates.grad_u.to(u.dtype),
