@@ -3,6 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/distributed_jobs.py context_parallel
 """
 
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
 
 from helpers import assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import MCForCausalLM
@@ -259,11 +262,59 @@ def sharding_in_half_precision() -> None:
             assert all(whole(p.grad).isfinite().all() for p in other.parameters())
 
 
+def trained(model, folder: str, batch_size: int) -> tuple[list[float], torch.nn.Module]:
+    args = TrainingArguments(
+        folder, max_steps=4, per_device_train_batch_size=batch_size, learning_rate=1e-2, logging_steps=1, optim="sgd",
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, weight_decay=0.1,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in tokens(16, 3 * SIZE + 1)]
+    run = Trainer(model, args, train_dataset=data)
+    run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry], run.model
+
+
+def trainer_on_a_sharded_model() -> None:
+    """The Trainer on FSDP2 shards: the same losses and weights as on one process with the same batches."""
+    from transformers.distributed import DistributedConfig
+
+    with saved(KINDS["titans-soup"]) as (_, folder):
+        config = DistributedConfig(fsdp_size=2)
+        model = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config)
+        losses, model = trained(model, folder, 2)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        found = {name: whole(p.detach()) for name, p in model.named_parameters()}
+        torch.save({"losses": losses, "weights": found}, f"{folder}/sharded{dist.get_rank()}.pt")
+        dist.barrier()
+        if dist.get_rank() == 0:  # a process of its own, which no other rank is part of
+            alone = [sys.executable, __file__, "alone", folder]
+            environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED}
+            done = subprocess.run(alone, env=environment, text=True, capture_output=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+        dist.barrier()
+
+
+def trainer_alone(folder: str) -> None:
+    model = MCForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    losses, model = trained(model, folder, 4)
+    sharded = torch.load(f"{folder}/sharded0.pt")
+    assert len(losses) == 4 and sharded["losses"] == pytest.approx(losses, rel=1e-3)
+    start = dict(MCForCausalLM.from_pretrained(folder, dtype=torch.float64).named_parameters())
+    for name, parameter in model.named_parameters():
+        moved, other = parameter.detach() - start[name].detach(), sharded["weights"][name] - start[name].detach()
+        assert_close(other, moved, 1e-3, name)
+
+
+LAUNCHED = (  # what torchrun tells its processes
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+
 JOBS = {
     "context_parallel": (
         context_parallel_equals_one_process, context_parallel_with_checkpointing, context_parallel_refuses,
     ),
     "sharding": (sharding_equals_one_process, sharding_in_half_precision),
+    "trainer": (trainer_on_a_sharded_model,),
 }  # fmt: skip
 
 
@@ -279,4 +330,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    trainer_alone(sys.argv[2]) if sys.argv[1] == "alone" else main(sys.argv[1])

@@ -21,6 +21,7 @@ JOBS = [
     ("tensor_parallel_equals_one_process", 2),
     ("pipeline_equals_one_process", 2),
     ("sharding", 2),
+    ("trainer", 2),
 ]
 
 
