@@ -205,7 +205,7 @@ def measure_decoding(config: DemoConfig, model: PreTrainedModel, tokenizer) -> d
     context = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : config.context].to(model.device)
     record = {"context": context.shape[1]}
     for name, use_cache, new_tokens in (("with_cache", True, 64), ("without_cache", False, 6)):
-        watch, cache = Stopwatch(), mc.MCCache(model.config) if use_cache else None
+        watch, cache = Stopwatch(), mc.MCCache(config=model.config) if use_cache else None
         model.generate(
             context,
             attention_mask=torch.ones_like(context),

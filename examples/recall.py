@@ -46,8 +46,10 @@ class RecallConfig:
     layers: int = _option(2, "number of layers")
     width: int = _option(32, "hidden size")
     heads: int = _option(1, "heads per layer")
-    mlp_width: int | None = _option(None, "hidden size of the MLP, twice the width if not given")
+    mlp_width: int = _option(0, "hidden size of the MLP, 0 for none as in the published setting")
+    output_gate: bool = _option(False, "gate the mixer's output; learning starts later with it")
     conv_kernel_size: int = _option(4, "width of the short convolution on queries, keys and values, 0 for none")
+    init_std: float = _option(0.1, "standard deviation of initial weights; the usual 0.02 is meant for wide models")
 
     seq_len: int = _option(256, "tokens per sequence, T")
     pairs: int = _option(32, "key-value pairs per sequence, D")
@@ -58,9 +60,9 @@ class RecallConfig:
     steps: int = _option(1500, "training steps")
     batch: int = _option(32, "sequences per step")
     lr: float = _option(5e-3, "peak learning rate of AdamW")
-    schedule: str = _option("cosine", "learning rate after warm-up, a scheduler name of Transformers")
+    schedule: str = _option("constant_with_warmup", "learning rate schedule, a name of Transformers")
     warmup: int = _option(100, "steps of linear warm-up")
-    weight_decay: float = _option(0.1, "weight decay of matrices")
+    weight_decay: float = _option(0.01, "weight decay of matrices")
     clip: float = _option(1.0, "largest norm of the gradient")
     seed: int = _option(0, "seed of weights and training data")
     test_size: int = _option(512, "sequences in the test set")
@@ -126,11 +128,11 @@ def mqar_batch(
 def build_model(config: RecallConfig) -> PreTrainedModel:
     """The model of a run, freshly initialised."""
     types = config.layer_types * config.layers if len(config.layer_types) == 1 else config.layer_types
-    return MCForCausalLM(
+    model = MCForCausalLM(
         MCConfig(
             vocab_size=config.vocab,
             hidden_size=config.width,
-            intermediate_size=config.mlp_width or 2 * config.width,
+            intermediate_size=max(config.mlp_width, 1),
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             head_dim=config.width // config.heads,
@@ -142,10 +144,26 @@ def build_model(config: RecallConfig) -> PreTrainedModel:
             num_selected_segments=config.k,
             state_init=config.state_init,
             conv_kernel_size=config.conv_kernel_size,
+            use_output_gate=config.output_gate,
+            initializer_range=config.init_std,
             tie_word_embeddings=False,
             use_cache=False,
         )
     )
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv1d):
+            module.reset_parameters()  # with the small weights of linear layers, learning starts much later or never
+    if not config.mlp_width:
+        for layer in model.model.layers:
+            layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), NoMLP()
+    return model
+
+
+class NoMLP(torch.nn.Module):
+    """Adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
