@@ -264,6 +264,8 @@ def _publish_parser(commands) -> None:
 
 
 def _convert_parser(commands) -> None:
+    from .convert import sources
+
     parser = commands.add_parser(
         "convert",
         help="turn a checkpoint of another recurrent architecture into one of this family",
@@ -276,7 +278,8 @@ def _convert_parser(commands) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and weights")
     parser.add_argument("output", metavar="FOLDER", help="where to write")
-    parser.add_argument("--from", dest="source", metavar="KIND", help="mamba2 (default: as config.json says)")
+    kinds = ", ".join(sources())
+    parser.add_argument("--from", dest="source", metavar="KIND", help=f"{kinds} (default: as config.json says)")
     parser.add_argument("--aggregation", choices=CHOICES["aggregation"], help="how segments are read (none)")
     parser.add_argument("--segment-size", type=positive, help="tokens per segment (256)")
     parser.add_argument("--state-init", choices=CHOICES["state_init"], help="where a segment starts (independent)")

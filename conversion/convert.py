@@ -3,7 +3,7 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
 TOLERANCE = 1e-4
+U_PROJ = ".mixer.u_proj.weight"
 
 
 def keep(tensor: torch.Tensor, found: dict) -> Sequence[torch.Tensor]:
@@ -35,15 +36,21 @@ class Source:
     Attributes:
         name: for `--from`. model_types: what its config.json says.
         make_config: config.json as a dictionary to the fields of an MCConfig; raises ValueError for what is missing.
-        rules: (pattern of a whole name, target names with groups, split), the first that matches counts.
+        rules: (pattern of a whole name, target names with groups, split), the first that matches counts; the names
+            may be a function of the match and the source's config; none = the weight is not needed.
+        zeros: ends of the names of weights that the source has not, because they are zero there.
+        merges: (pattern with one group `part`, its values in order): such weights are joined along their rows to one
+            whose name lacks the part, and only then looked up in the rules.
     """
 
     name: str
     model_types: tuple[str, ...]
     make_config: Callable[[dict], dict]
-    rules: tuple[tuple[str, tuple[str, ...], Split], ...]
+    rules: tuple[tuple[str, tuple[str, ...] | Callable[[re.Match, dict], list[str]], Split], ...]
+    zeros: tuple[str, ...] = ()
+    merges: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
-    def targets(self, name: str) -> tuple[list[str], Split]:
+    def targets(self, name: str, found: dict) -> tuple[list[str], Split]:
         """Target names of a source tensor.
 
         Raises:
@@ -51,8 +58,34 @@ class Source:
         """
         for pattern, targets, split in self.rules:
             if match := re.fullmatch(pattern, name):
-                return [match.expand(target) for target in targets], split
+                names = targets(match, found) if callable(targets) else map(match.expand, targets)
+                return list(names), split
         raise ValueError(f"no rule of --from {self.name} knows the weight {name!r}: the checkpoint is of another kind")
+
+
+    def merged(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """`weights` with what belongs together joined.
+
+        Raises:
+            ValueError: a part is missing.
+        """
+        waiting: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in weights:
+            for pattern, order in self.merges:
+                if match := re.fullmatch(pattern, name):
+                    start, stop = match.span("part")
+                    whole = name[:start] + name[stop:]
+                    parts = waiting.setdefault(whole, {})
+                    parts[match["part"]] = tensor
+                    if len(parts) == len(order):
+                        yield whole, torch.cat([waiting[whole][part] for part in order])
+                        del waiting[whole]
+                    break
+            else:
+                yield name, tensor
+        if waiting:
+            name = min(waiting)
+            raise ValueError(f"the checkpoint lacks parts of {name!r}: it has {', '.join(waiting[name])}")
 
 
 def refuse(piece: str, value: object, allowed: str) -> None:
@@ -66,9 +99,9 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from . import from_mamba2
+    from . import from_mamba2, from_olmo_hybrid, from_qwen
 
-    return {source.name: source for source in (from_mamba2.SOURCE,)}
+    return {module.SOURCE.name: module.SOURCE for module in (from_mamba2, from_olmo_hybrid, from_qwen)}
 
 
 def read_config(checkpoint: Path) -> dict:
@@ -149,8 +182,8 @@ def convert(
     fp32, chosen, written = _fp32_names(model), None if dtype == "auto" else getattr(torch, dtype), {}
     with new_folder(output, overwrite) as folder:
         writer = ShardWriter(folder, max_shard_size)
-        for name, tensor in tqdm(open_weights(checkpoint), desc="convert", unit="tensor"):
-            targets, split = kind.targets(name)
+        for name, tensor in tqdm(kind.merged(open_weights(checkpoint)), desc="convert", unit="tensor"):
+            targets, split = kind.targets(name, found)
             parts = split(tensor, found) if targets else ()
             for target, part in zip(targets, parts, strict=True):
                 if target == "lm_head.weight" and config.tie_word_embeddings:
@@ -158,7 +191,7 @@ def convert(
                 _check(name, target, part, wanted, written)
                 written[target] = torch.float32 if target in fp32 else chosen or part.dtype
                 writer.add(target, part.to(written[target], copy=True))
-        _fill_new(writer, wanted, written, chosen)
+        _fill_new(writer, wanted, written, (U_PROJ, *kind.zeros), fp32, chosen)
         writer.close()
         config.dtype = str(chosen or written["model.embed_tokens.weight"]).removeprefix("torch.")
         config.architectures = ["MCForCausalLM"]
@@ -181,13 +214,13 @@ def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: di
         raise ValueError(f"the weight {name!r} gives {target!r} of shape {shapes}")
 
 
-def _fill_new(writer: ShardWriter, wanted: dict, written: dict, chosen: torch.dtype | None) -> None:
+def _fill_new(writer: ShardWriter, wanted: dict, written: dict, zeros: tuple, fp32: set, chosen) -> None:
     missing = sorted(set(wanted) - set(written))
-    new = [name for name in missing if name.endswith(".mixer.u_proj.weight")]
-    if left := [name for name in missing if name not in new]:
+    if left := [name for name in missing if not name.endswith(zeros)]:
         raise ValueError(f"the checkpoint lacks {len(left)} weights, for example what gives {left[0]!r}")
-    for name in new:
-        writer.add(name, torch.zeros(wanted[name], dtype=chosen or written["model.embed_tokens.weight"]))
+    for name in missing:
+        dtype = torch.float32 if name in fp32 else chosen or written["model.embed_tokens.weight"]
+        writer.add(name, torch.zeros(wanted[name], dtype=dtype))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conversion_sources import IDS, SIZES, TOKENS, make_source, train
 from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
@@ -12,31 +13,19 @@ from mc_transformers.conversion import cli
 from mc_transformers.conversion.convert import convert, verify_logits
 
 
-FIELDS = {
-    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8, "state_size": 10,
-    "n_groups": 2, "expand": 2, "conv_kernel": 4, "chunk_size": 8, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
+FIELDS = SIZES | {
+    "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8, "state_size": 10, "n_groups": 2, "expand": 2,
+    "conv_kernel": 4, "chunk_size": 8,
 }  # fmt: skip
-IDS = torch.randint(3, 61, (2, 41), generator=torch.Generator().manual_seed(1))
 
 
-def make_source(folder, **fields) -> Mamba2ForCausalLM:
-    """A small model with weights that have effect, saved in the layout of Transformers."""
-    torch.manual_seed(0)
-    model = Mamba2ForCausalLM(Mamba2Config(**FIELDS | fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.3)
-            elif "A_log" not in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model
+def mamba2(folder, **fields) -> Mamba2ForCausalLM:
+    return make_source(Mamba2ForCausalLM, Mamba2Config(**FIELDS | fields), folder)
 
 
 @pytest.fixture
 def source(tmp_path):
-    return make_source(tmp_path / "source")
+    return mamba2(tmp_path / "source")
 
 
 VARIANTS = [{}, {"n_groups": 1}, {"tie_word_embeddings": True}, {"use_conv_bias": False}]
@@ -45,12 +34,11 @@ VARIANTS = [{}, {"n_groups": 1}, {"tie_word_embeddings": True}, {"use_conv_bias"
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @torch.no_grad()
 def test_logits_and_tokens_are_those_of_the_source(tmp_path, fields):
-    theirs = make_source(tmp_path / "source", **fields)
+    theirs = mamba2(tmp_path / "source", **fields)
     convert(tmp_path / "source", tmp_path / "ours", max_shard_size="10KB", verify=True)
     ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    assert torch.equal(ours.generate(IDS, **options), theirs.generate(IDS, **options))
+    assert torch.equal(ours.generate(IDS, **TOKENS), theirs.generate(IDS, **TOKENS))
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
 
 
@@ -60,13 +48,7 @@ def test_it_runs_and_trains_with_segments(tmp_path, source, aggregation):
     model = MCForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():  # one segment: the start is the source
         assert (model.eval()(IDS[:, :8]).logits - source(IDS[:, :8]).logits).abs().max() < 1e-4
-    optimizer, losses = torch.optim.AdamW(model.train().parameters(), 3e-3), []
-    for _ in range(6):
-        loss = model(IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model)
     assert losses[-1] < losses[0]
     if aggregation != "mean":
         assert all(layer.mixer.u_proj.weight.abs().max() > 0 for layer in model.model.layers)
