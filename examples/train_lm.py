@@ -7,6 +7,7 @@
 Every option of `TrainingArguments` is an option here too. Several GPUs or nodes: docs/scaling.md.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -120,7 +121,9 @@ def make_trainer(
         # else Accelerate reads a stream on one process and deals out rows: it would cut the borders like rows
         args.accelerator_config.dispatch_batches = False
     else:
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        right = copy.deepcopy(tokenizer)
+        right.padding_side = "right"  # else the last padding would be asked for the first token
+        collator = DataCollatorForLanguageModeling(right, mlm=False)
     train, held_out = (texts and tokenize(texts, tokenizer, data) for texts in load_texts(data))
     return Trainer(
         model=model,
