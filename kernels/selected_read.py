@@ -6,7 +6,7 @@ is fetched once per tile and k products per token are computed, whatever the num
 
 import torch
 
-from .common import budget, compute_dtype, register_op
+from .common import budget, choose_backend, compute_dtype, register_op
 from .segment_read import gate_logits
 
 
@@ -43,11 +43,17 @@ segment_route_op = register_op(
     fake=lambda u, summaries, birth, first, top_k: u.new_empty(
         *u.shape[:-1], min(top_k, summaries.shape[1]), dtype=torch.int64
     ),
+    triton="triton_segment_route",
 )
 
 
 def segment_route(
-    u: torch.Tensor, summaries: torch.Tensor, birth: torch.Tensor, first: torch.Tensor, top_k: int
+    u: torch.Tensor,
+    summaries: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    top_k: int,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The k past segments that score highest, per token and head (eq. 16); no gradient.
 
@@ -56,7 +62,8 @@ def segment_route(
     Returns:
         `[R, N, W, H, min(top_k, S)]` int64, indices into the S memories, -1 where fewer are visible.
     """
-    return segment_route_op(u.detach(), summaries.detach(), birth, first, top_k)
+    backend = choose_backend(backend, "segment_route", u, u.shape[-1])
+    return segment_route_op(u.detach(), summaries.detach(), birth, first, top_k, backend)
 
 
 class Tiles:
@@ -65,7 +72,7 @@ class Tiles:
     The last tile belongs to nobody: pairs without a memory find their answer there, which is zero.
     """
 
-    def __init__(self, index: torch.Tensor, num_memories: int) -> None:
+    def __init__(self, index: torch.Tensor, num_memories: int, largest: int = 256) -> None:
         rows, num, width, heads, self.top_k = index.shape
         device, on_cpu = index.device, index.device.type == "cpu"
         row = torch.arange(rows, device=device).view(-1, 1, 1, 1, 1)
@@ -73,11 +80,12 @@ class Tiles:
         groups = rows * num_memories * heads
         key = torch.where(index < 0, groups, (row * num_memories + index) * heads + head).flatten()
         key, pair = key.sort(stable=True)
-        counts = torch.bincount(key, minlength=groups + 1)[:groups]
+        counts = torch.searchsorted(key, torch.arange(groups + 1, device=device)).diff()
         average = key.numel() // max(1, groups)
-        self.size = max(16, min(256, 1 << max(average - 1, 1).bit_length()))
+        self.size = max(16, min(largest, 1 << max(average - 1, 1).bit_length()))
         tiles = (counts + self.size - 1) // self.size
         last_tile, last_pair = tiles.cumsum(0), counts.cumsum(0)
+        self.borders = torch.cat([last_tile.new_zeros(1), last_tile])  # memory i has the tiles borders[i : i + 1]
         # on a GPU the number of tiles stays an upper bound: reading it back would stall the queue
         self.num = 1 + (int(last_tile[-1]) if on_cpu else key.numel() // self.size + groups)
         tile = torch.arange(self.num, device=device)
@@ -145,19 +153,22 @@ selected_read_op = register_op(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, weights, states)
     ),
     differentiable=3,
+    triton="triton_selected_read",
 )
 
 
 def selected_read(
-    q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor
+    q: torch.Tensor, weights: torch.Tensor, states: torch.Tensor, index: torch.Tensor, backend: str = "auto"
 ) -> torch.Tensor:
     """`sum_c weights_tc S_{index_tc}^T q_t` over the k chosen memories of every token and head.
 
     Args:
         q: `[R, N, W, H, dk]`. weights: `[R, N, W, H, k]`, 0 where index is -1. states: `[R, S, H, dk, dv]`.
         index: `[R, N, W, H, k]` int64 into the S memories, or -1.
+        backend: "auto", "triton" or "torch", see `choose_backend`.
 
     Returns:
         `[R, N, W, H, dv]` in q's dtype, differentiable with respect to q, weights and states.
     """
-    return selected_read_op(q, weights, states, index)
+    backend = choose_backend(backend, "selected_read", q, *states.shape[-2:])
+    return selected_read_op(q, weights, states, index, backend)

@@ -47,7 +47,7 @@ def block_logits(
 
 
 @triton.jit
-def _hide(b_logit, o_memory, visible, segment, p_birth, first):
+def hide(b_logit, o_memory, visible, segment, p_birth, first):
     """Logits [BT, BN] with -inf where a query segment may not read a memory."""
     b_birth = tl.load(p_birth + o_memory, mask=o_memory < visible, other=2147483647)
     m_seen = (o_memory < visible) & (b_birth <= segment) & (o_memory >= first)
@@ -88,7 +88,7 @@ def _gates_kernel(
             b_logit, _ = block_logits(
                 b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION
             )
-            b_logit = _hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
+            b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
             b_new = tl.maximum(b_max, tl.max(b_logit, 1))
             b_sum = b_sum * tl.exp(b_max - b_new) + tl.sum(tl.exp(b_logit - b_new[:, None]), 1)
             b_max = b_new
@@ -99,7 +99,7 @@ def _gates_kernel(
     for start in range(0, visible, BN):
         o_memory = start + tl.arange(0, BN)
         b_logit, _ = block_logits(b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION)
-        b_logit = _hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
+        b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
         if SIGMOID:
             b_gate = tl.sigmoid(b_logit)
         else:
