@@ -99,9 +99,10 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from . import from_mamba2, from_olmo_hybrid, from_qwen
+    from . import from_fla_linear, from_mamba2, from_olmo_hybrid, from_qwen, from_retnet
 
-    return {module.SOURCE.name: module.SOURCE for module in (from_mamba2, from_olmo_hybrid, from_qwen)}
+    modules = (from_mamba2, from_fla_linear, from_retnet, from_olmo_hybrid, from_qwen)
+    return {module.SOURCE.name: module.SOURCE for module in modules}
 
 
 def read_config(checkpoint: Path) -> dict:
