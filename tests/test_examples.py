@@ -115,7 +115,7 @@ def test_train_on_two_ranks(texts, tmp_path, monkeypatch, capsys):
     call(monkeypatch, train_lm, *arguments(texts, **options, output_dir=tmp_path / "one"))
     alone = re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--main_process_port", "0", "--mixed_precision", "no", str(EXAMPLES / "train_lm.py"),
     ]  # fmt: skip
     argv = arguments(texts, **options, per_device_train_batch_size=2, output_dir=tmp_path / "two")
