@@ -125,15 +125,31 @@ def run_publish(args: argparse.Namespace) -> None:
         print(f"{len(files)} files, {total}: {commit.pr_url or commit.commit_url}")
 
 
-def run_convert(args: argparse.Namespace) -> None:
-    from .convert import convert
+def _is_ours(args: argparse.Namespace) -> bool:
+    """Whether a checkpoint is of this family: its config says so, or a training run has left none beside it."""
+    from .convert import read_config
 
+    if args.source is not None or args.config is not None:
+        return args.source in (None, "training")
+    place = Path(args.checkpoint) / "config.json"
+    return not place.is_file() or read_config(place).get("model_type") == "mc"
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from . import convert, training
+
+    if args.state_dict:
+        print(f"{training.to_state_dict(args.checkpoint, args.output, args.dtype)}: a plain state dict")
+        return
     names = ("aggregation", "segment_size", "state_init", "num_selected_segments")
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    output = convert(
-        args.checkpoint, args.output, args.source, args.dtype, args.max_shard_size, args.overwrite,
-        args.verify_logits, **fields,
-    )  # fmt: skip
+    common = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "overwrite": args.overwrite, **fields}
+    if not Path(args.checkpoint).exists():
+        raise FileNotFoundError(f"{args.checkpoint} does not exist (download a Hub repository first)")
+    if _is_ours(args):
+        output = training.from_training(args.checkpoint, args.output, args.config, **common)
+    else:
+        output = convert.convert(args.checkpoint, args.output, args.source, verify=args.verify_logits, **common)
     print(f"{output}: converted" + (", the logits are those of the source" if args.verify_logits else ""))
 
 
@@ -268,18 +284,26 @@ def _convert_parser(commands) -> None:
 
     parser = commands.add_parser(
         "convert",
-        help="turn a checkpoint of another recurrent architecture into one of this family",
-        description="Strict: a weight that is missing or left over is an error. Without --aggregation the result is "
-        "the source itself, one endless segment.",
+        help="turn a checkpoint of another architecture, or of a training run, into a model folder",
+        description="Strict: a weight that is missing or left over is an error. From another architecture and "
+        "without --aggregation the result is the source itself, one endless segment.",
         **_examples(
             "convert mamba2-130m outputs/converted --verify-logits",
             "convert mamba2-130m outputs/converted --aggregation grm --segment-size 256 --dtype bfloat16",
+            "convert run/checkpoint-500/pytorch_model_fsdp_0 outputs/model --config run/config.json",
+            "convert outputs/model model.pt --state-dict",
         ),
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder with config.json and weights")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT",
+        help="a folder with config.json and weights; of a training run also a torch.distributed.checkpoint folder, "
+        "or a file with a state dict",
+    )  # fmt: skip
     parser.add_argument("output", metavar="FOLDER", help="where to write")
-    kinds = ", ".join(sources())
+    kinds = ", ".join([*sources(), "training"])
     parser.add_argument("--from", dest="source", metavar="KIND", help=f"{kinds} (default: as config.json says)")
+    parser.add_argument("--config", metavar="FILE", help="config.json of a training run (beside the weights)")
+    parser.add_argument("--state-dict", action="store_true", help="write a model of this family as one plain .pt file")
     parser.add_argument("--aggregation", choices=CHOICES["aggregation"], help="how segments are read (none)")
     parser.add_argument("--segment-size", type=positive, help="tokens per segment (256)")
     parser.add_argument("--state-init", choices=CHOICES["state_init"], help="where a segment starts (independent)")

@@ -105,8 +105,8 @@ def sources() -> dict[str, Source]:
     return {module.SOURCE.name: module.SOURCE for module in modules}
 
 
-def read_config(checkpoint: Path) -> dict:
-    """config.json as it is written.
+def read_config(path: Path) -> dict:
+    """A config.json as it is written.
 
     Raises:
         ValueError: no JSON.
@@ -115,7 +115,6 @@ def read_config(checkpoint: Path) -> dict:
     def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
         return float(value["__float__"]) if set(value) == {"__float__"} else value
 
-    path = checkpoint / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
     except ValueError as error:
@@ -170,39 +169,71 @@ def convert(
         ValueError: another architecture, a missing piece, weights that are missing, left over or of a wrong shape.
     """
     checkpoint = Path(checkpoint)
-    found = read_config(checkpoint)
+    found = read_config(checkpoint / "config.json")
     kind = find_source(found, source)
     if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
         found = CONFIG_MAPPING[found["model_type"]].from_dict(found).to_dict()
     config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
-    with torch.device("meta"):
-        model = MCForCausalLM(config)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    fp32, chosen, written = _fp32_names(model), None if dtype == "auto" else getattr(torch, dtype), {}
-    with new_folder(output, overwrite) as folder:
-        writer = ShardWriter(folder, max_shard_size)
-        for name, tensor in tqdm(kind.merged(open_weights(checkpoint)), desc="convert", unit="tensor"):
+
+    def parts() -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, tensor in kind.merged(open_weights(checkpoint)):
             targets, split = kind.targets(name, found)
-            parts = split(tensor, found) if targets else ()
-            for target, part in zip(targets, parts, strict=True):
-                if target == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                _check(name, target, part, wanted, written)
-                written[target] = torch.float32 if target in fp32 else chosen or part.dtype
-                writer.add(target, part.to(written[target], copy=True))
-        _fill_new(writer, wanted, written, (U_PROJ, *kind.zeros), fp32, chosen)
-        writer.close()
-        config.dtype = str(chosen or written["model.embed_tokens.weight"]).removeprefix("torch.")
-        config.architectures = ["MCForCausalLM"]
-        config.save_pretrained(folder)
-        for extra in COPIED:
-            if (checkpoint / extra).is_file():
-                (folder / extra).write_bytes((checkpoint / extra).read_bytes())
+            for target, part in zip(targets, split(tensor, found) if targets else (), strict=True):
+                yield name, target, part
+
+    with new_folder(output, overwrite) as folder:
+        write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size)
+        copy_extras(checkpoint, folder)
         if verify:
             verify_logits(checkpoint, folder)
     return Path(output)
+
+
+def copy_extras(checkpoint: Path, folder: Path) -> None:
+    """Tokenizer and generation config, where there are any."""
+    for extra in COPIED:
+        if (checkpoint / extra).is_file():
+            (folder / extra).write_bytes((checkpoint / extra).read_bytes())
+
+
+def write_model(
+    folder: Path,
+    config: MCConfig,
+    parts: Iterable[tuple[str, str, torch.Tensor]],
+    zeros: tuple[str, ...],
+    dtype: str,
+    max_shard_size: str,
+) -> None:
+    """Write config and weights from (name in the source, our name, tensor).
+
+    Args:
+        zeros: ends of the names of weights that may be missing, and are zero then.
+
+    Raises:
+        ValueError: weights that are missing, left over or of a wrong shape.
+    """
+    with torch.device("meta"):
+        model = MCForCausalLM(config)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    fp32, chosen, written = _fp32_names(model), None if dtype == "auto" else getattr(torch, dtype), {}
+    writer = ShardWriter(folder, max_shard_size)
+    for name, target, part in tqdm(parts, desc="convert", unit="tensor"):
+        if target in tied:
+            continue
+        _check(name, target, part, wanted, written)
+        written[target] = torch.float32 if target in fp32 else chosen or part.dtype
+        writer.add(target, part.to(written[target], copy=True))
+    missing = sorted(set(wanted) - set(written) - tied)
+    if left := [name for name in missing if not name.endswith(zeros)]:
+        raise ValueError(f"the checkpoint lacks {len(left)} weights, for example what gives {left[0]!r}")
+    common = chosen or written["model.embed_tokens.weight"]
+    for name in missing:
+        writer.add(name, torch.zeros(wanted[name], dtype=torch.float32 if name in fp32 else common))
+    writer.close()
+    config.dtype = str(common).removeprefix("torch.")
+    config.architectures = ["MCForCausalLM"]
+    config.save_pretrained(folder)
 
 
 def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: dict) -> None:
@@ -213,15 +244,6 @@ def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: di
     if part.shape != wanted[target]:
         shapes = f"{tuple(part.shape)}, not {tuple(wanted[target])}"
         raise ValueError(f"the weight {name!r} gives {target!r} of shape {shapes}")
-
-
-def _fill_new(writer: ShardWriter, wanted: dict, written: dict, zeros: tuple, fp32: set, chosen) -> None:
-    missing = sorted(set(wanted) - set(written))
-    if left := [name for name in missing if not name.endswith(zeros)]:
-        raise ValueError(f"the checkpoint lacks {len(left)} weights, for example what gives {left[0]!r}")
-    for name in missing:
-        dtype = torch.float32 if name in fp32 else chosen or written["model.embed_tokens.weight"]
-        writer.add(name, torch.zeros(wanted[name], dtype=dtype))
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .sharded import INDEX, read_sharded
+
 
 class Weights:
     """Names and tensors of a checkpoint, in the order of its files.
@@ -42,29 +44,41 @@ def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError(f"{path} holds code, which is not run, or is damaged: save a plain state dict") from error
     except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut off ({str(error).splitlines()[0]})") from error
+    for key in NESTED:  # training scripts store more beside the weights
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
     if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
         raise ValueError(f"{path} is no state dict: a dictionary of names and tensors is needed")
     yield from found.items()
 
 
+NESTED = ("state_dict", "model")
 LAYOUTS = (("model", "safetensors", _safetensors), ("pytorch_model", "bin", _pickled))
 
 
-def open_weights(folder: str | Path) -> Weights:
-    """Weights of a folder: safetensors before pickled state dicts, with or without shards.
+def open_weights(path: str | Path) -> Weights:
+    """Weights of a file, or of a folder: safetensors before pickled state dicts, with or without shards, and what
+    `torch.distributed.checkpoint` writes, also one folder deeper, where accelerate and the Trainer put it.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
     """
-    folder = Path(folder)
+    path = Path(path)
+    if path.is_file():
+        return Weights([(path, partial(_safetensors if path.suffix == ".safetensors" else _pickled, path))])
     for stem, suffix, load in LAYOUTS:
-        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        index, single = path / f"{stem}.{suffix}.index.json", path / f"{stem}.{suffix}"
         names = [single.name] if single.exists() else []
         if index.exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder}: the index names {missing[0]}, which is not there")
+            raise FileNotFoundError(f"{path}: the index names {missing[0]}, which is not there")
         if names:
-            return Weights([(folder / name, partial(load, folder / name)) for name in names])
-    raise FileNotFoundError(f"{folder} holds no model.safetensors and no pytorch_model.bin (nor an index of shards)")
+            return Weights([(path / name, partial(load, path / name)) for name in names])
+    for folder in (path, *sorted(path.glob("pytorch_model_fsdp_*")), path / "model"):
+        if (folder / INDEX).is_file():
+            return Weights([(folder, partial(read_sharded, folder))])
+    raise FileNotFoundError(
+        f"{path} holds no model.safetensors, no pytorch_model.bin (nor an index of shards) and no {INDEX}"
+    )

@@ -1,0 +1,105 @@
+# Copyright 2026 the mc-transformers authors.
+"""Checkpoints of training runs of this family into model folders, and models into plain state dicts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .. import MCConfig, MCForCausalLM
+from .convert import U_PROJ, copy_extras, read_config, write_model
+from .files import new_folder
+from .loading import load_model
+from .reader import open_weights
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+OTHERS = ("optimizer", "optim", "optimizers", "lr_scheduler", "scheduler", "rng_state", "dataloader", "train_state")
+
+
+def our_name(name: str, known: set[str]) -> str | None:
+    """The model's name for a weight that a training script has stored under more prefixes; None = no weight at all.
+
+    Raises:
+        ValueError: the model has no such weight.
+    """
+    path = [part for part in name.split(".") if part not in WRAPPERS]
+    if set(path[:2]) & set(OTHERS):
+        return None
+    for start in range(len(path)):
+        for prefix in ([], ["model"]):  # the decoder alone may have been stored
+            if ".".join(prefix + path[start:]) in known:
+                return ".".join(prefix + path[start:])
+    raise ValueError(f"the weight {name!r} is left over: a model of this config has nothing of that name")
+
+
+def find_config(checkpoint: Path, config: str | Path | None = None) -> Path:
+    """`config`, or the config.json in the checkpoint or in the folder above it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    places = [Path(config)] if config else [folder / "config.json", folder.parent / "config.json"]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"no config for {checkpoint}: looked for {', '.join(map(str, places))} (give --config)")
+
+
+def from_training(
+    checkpoint: str | Path,
+    output: str | Path,
+    config: str | Path | None = None,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    **fields,
+) -> Path:
+    """Write a model folder from what a training run has stored: a `torch.distributed.checkpoint` folder (as FSDP2
+    writes it), a folder of accelerate or the Trainer, a state dict in one file, or a model folder.
+
+    Args:
+        config: config.json of the run; by default beside the weights, or one folder up.
+        fields: of the MCConfig that change, for example aggregation="mean" for caching after training.
+
+    Raises:
+        ValueError: a damaged file, code in a file, weights that are missing, left over or of a wrong shape.
+    """
+    checkpoint = Path(checkpoint)
+    place = find_config(checkpoint, config)
+    found = read_config(place)
+    if found.get("model_type") != MCConfig.model_type:
+        raise ValueError(f"{place}: found model_type={found.get('model_type')!r}, supported: {MCConfig.model_type!r}")
+    model_config = MCConfig.from_dict({**found, **fields})
+    with torch.device("meta"):
+        known = set(MCForCausalLM(model_config).state_dict())
+
+    def parts() -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, tensor in open_weights(checkpoint):
+            if (target := our_name(name, known)) is not None:
+                yield name, target, tensor
+
+    with new_folder(output, overwrite) as folder:
+        zeros = (U_PROJ,) if "aggregation" in fields else ()
+        write_model(folder, model_config, parts(), zeros, dtype, max_shard_size)
+        copy_extras(place.parent, folder)
+    return Path(output)
+
+
+def to_state_dict(checkpoint: str, output: str | Path, dtype: str = "auto") -> Path:
+    """Write the weights of a model of this family as a plain dictionary of tensors, for `torch.load`.
+
+    Raises:
+        ValueError: the checkpoint does not load. FileExistsError: there is such a file already.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists already")
+    partial = output.with_name(output.name + ".partial")
+    try:
+        torch.save(load_model(checkpoint, dtype).state_dict(), partial)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return output
