@@ -73,7 +73,8 @@ def test_batch_invariance(fields):
 def check_quantised(model, exact) -> None:
     ids = tokens(2, 21)
     with torch.no_grad():
-        assert_close(model(ids).logits.float(), exact(ids).logits, 0.3)
+        found, expected = model(ids).logits.float(), exact(ids).logits
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape == (2, 26)
 
 
@@ -92,7 +93,7 @@ def test_torchao(tmp_path):
 @needs("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(tmp_path, bits):
-    exact = build(small_config(head_dim=16, value_head_dim=16, hidden_size=64))
+    exact = build(small_config(head_dim=32, value_head_dim=32, hidden_size=64, intermediate_size=64))
     exact.save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     model = MCForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="auto")
