@@ -150,9 +150,6 @@ def build_model(config: RecallConfig) -> PreTrainedModel:
             use_cache=False,
         )
     )
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv1d):
-            module.reset_parameters()  # with the small weights of linear layers, learning starts much later or never
     if not config.mlp_width:
         for layer in model.model.layers:
             layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), NoMLP()

@@ -131,6 +131,8 @@ class MCPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, nn.Conv1d):  # torch's own: with initializer_range q, k and v all but vanish
+            init.uniform_(module.weight, -(module.kernel_size[0] ** -0.5), module.kernel_size[0] ** -0.5)
         elif type(module).__name__ == "Qwen3NextRMSNorm":  # scales by 1 + weight
             init.zeros_(module.weight)
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
