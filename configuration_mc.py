@@ -26,7 +26,7 @@ CHOICES = {
     "gate_form": ("sigmoid", "step"),
     "output_norm": ("head", "gated", "none"),
     "rope": ("attention", "all", "none"),
-    "attention": ("llama", "olmo_hybrid", "qwen3_next"),
+    "attention": ("llama", "qwen3", "olmo_hybrid", "qwen3_next"),
     "attention_norm": ("pre", "post"),
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
@@ -128,8 +128,8 @@ class MCConfig(PreTrainedConfig):
             the heads that share a key head: Mamba-2) or "none".
         output_norm_eps (`float`, *optional*): its epsilon; defaults to `rms_norm_eps`.
         rope (`str`): who has rotary positions: "attention" layers, "all" (also q and k of memory layers) or "none".
-        attention (`str`): whose attention the attention layers are: "llama", "olmo_hybrid" (norms of q and k; the only
-            one that can do without rotary positions) or "qwen3_next" (norms of q and k, gated, partial rotary).
+        attention (`str`): whose attention the attention layers are: "llama", "qwen3" (norms of q and k), "olmo_hybrid"
+            (the same; the only one that can do without rotary positions) or "qwen3_next" (gated, partial rotary).
         attention_norm (`str`): norms of attention blocks "pre" (before attention and MLP) or "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
         cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".

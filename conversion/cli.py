@@ -141,7 +141,7 @@ def run_convert(args: argparse.Namespace) -> None:
     if args.state_dict:
         print(f"{training.to_state_dict(args.checkpoint, args.output, args.dtype)}: a plain state dict")
         return
-    names = ("aggregation", "segment_size", "state_init", "num_selected_segments")
+    names = ("aggregation", "segment_size", "state_init", "num_selected_segments", "memory")
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     common = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "overwrite": args.overwrite, **fields}
     if not Path(args.checkpoint).exists():
@@ -149,7 +149,9 @@ def run_convert(args: argparse.Namespace) -> None:
     if _is_ours(args):
         output = training.from_training(args.checkpoint, args.output, args.config, **common)
     else:
-        output = convert.convert(args.checkpoint, args.output, args.source, verify=args.verify_logits, **common)
+        output = convert.convert(
+            args.checkpoint, args.output, args.source, verify=args.verify_logits, layers=args.layers, **common
+        )
     print(f"{output}: converted" + (", the logits are those of the source" if args.verify_logits else ""))
 
 
@@ -165,6 +167,10 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError
     return value
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser, what: str = "a folder or a Hub repository") -> None:
@@ -292,6 +298,7 @@ def _convert_parser(commands) -> None:
             "convert mamba2-130m outputs/converted --aggregation grm --segment-size 256 --dtype bfloat16",
             "convert run/checkpoint-500/pytorch_model_fsdp_0 outputs/model --config run/config.json",
             "convert outputs/model model.pt --state-dict",
+            "convert llama outputs/hybrid --layers 1,3,5 --memory gated_delta --aggregation grm",
         ),
     )
     parser.add_argument(
@@ -304,6 +311,10 @@ def _convert_parser(commands) -> None:
     parser.add_argument("--from", dest="source", metavar="KIND", help=f"{kinds} (default: as config.json says)")
     parser.add_argument("--config", metavar="FILE", help="config.json of a training run (beside the weights)")
     parser.add_argument("--state-dict", action="store_true", help="write a model of this family as one plain .pt file")
+    parser.add_argument(
+        "--layers", type=numbers, metavar="I,J", help="layers of a Transformer that become memory layers (none)"
+    )
+    parser.add_argument("--memory", choices=CHOICES["memory"], help="of these layers (gated_linear)")
     parser.add_argument("--aggregation", choices=CHOICES["aggregation"], help="how segments are read (none)")
     parser.add_argument("--segment-size", type=positive, help="tokens per segment (256)")
     parser.add_argument("--state-init", choices=CHOICES["state_init"], help="where a segment starts (independent)")

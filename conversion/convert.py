@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from .. import MCConfig, MCForCausalLM
+from .. import MCConfig, MCForCausalLM, MCModel
+from ..configuration_mc import LAYER_TYPE
 from .files import new_folder
 from .reader import open_weights
 from .writer import ShardWriter
@@ -41,6 +42,7 @@ class Source:
         zeros: ends of the names of weights that the source has not, because they are zero there.
         merges: (pattern with one group `part`, its values in order): such weights are joined along their rows to one
             whose name lacks the part, and only then looked up in the rules.
+        fresh: what is missing in a mixer starts as in a new model.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Source:
     rules: tuple[tuple[str, tuple[str, ...] | Callable[[re.Match, dict], list[str]], Split], ...]
     zeros: tuple[str, ...] = ()
     merges: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    fresh: bool = False
 
     def targets(self, name: str, found: dict) -> tuple[list[str], Split]:
         """Target names of a source tensor.
@@ -99,9 +102,9 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from . import from_fla_linear, from_mamba2, from_olmo_hybrid, from_qwen, from_retnet
+    from . import from_fla_linear, from_llama, from_mamba2, from_olmo_hybrid, from_qwen, from_retnet
 
-    modules = (from_mamba2, from_fla_linear, from_retnet, from_olmo_hybrid, from_qwen)
+    modules = (from_mamba2, from_fla_linear, from_retnet, from_olmo_hybrid, from_qwen, from_llama)
     return {module.SOURCE.name: module.SOURCE for module in modules}
 
 
@@ -154,6 +157,7 @@ def convert(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     verify: bool = False,
+    layers: Sequence[int] | None = None,
     **fields,
 ) -> Path:
     """Convert a checkpoint folder, tensor by tensor.
@@ -163,6 +167,8 @@ def convert(
 
     Args:
         dtype: of the weights; "auto" = as they are. Decay rates, gate biases and skips are always fp32.
+        verify: compare the logits with the source's, where they can be the same.
+        layers: numbers of the layers of a Transformer that become memory layers.
         fields: of the MCConfig, for example aggregation and segment_size.
 
     Raises:
@@ -171,6 +177,8 @@ def convert(
     checkpoint = Path(checkpoint)
     found = read_config(checkpoint / "config.json")
     kind = find_source(found, source)
+    if layers:
+        kind = _with_memory_layers(kind, layers, verify)
     if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
         found = CONFIG_MAPPING[found["model_type"]].from_dict(found).to_dict()
     config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
@@ -182,11 +190,21 @@ def convert(
                 yield name, target, part
 
     with new_folder(output, overwrite) as folder:
-        write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size)
+        write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size, kind.fresh)
         copy_extras(checkpoint, folder)
         if verify:
             verify_logits(checkpoint, folder)
     return Path(output)
+
+
+def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> Source:
+    from .from_llama import SOURCE, with_memory_layers
+
+    if kind is not SOURCE:
+        raise ValueError(f"layers={list(layers)} can be chosen with --from {SOURCE.name} only, not {kind.name}")
+    if verify:
+        raise ValueError("--verify-logits: a model whose attention layers became memory layers is not the source")
+    return with_memory_layers(layers)
 
 
 def copy_extras(checkpoint: Path, folder: Path) -> None:
@@ -203,11 +221,13 @@ def write_model(
     zeros: tuple[str, ...],
     dtype: str,
     max_shard_size: str,
+    fresh: bool = False,
 ) -> None:
     """Write config and weights from (name in the source, our name, tensor).
 
     Args:
         zeros: ends of the names of weights that may be missing, and are zero then.
+        fresh: other weights of mixers may be missing too, and start as in a new model.
 
     Raises:
         ValueError: weights that are missing, left over or of a wrong shape.
@@ -225,15 +245,30 @@ def write_model(
         written[target] = torch.float32 if target in fp32 else chosen or part.dtype
         writer.add(target, part.to(written[target], copy=True))
     missing = sorted(set(wanted) - set(written) - tied)
-    if left := [name for name in missing if not name.endswith(zeros)]:
+    new = _new_mixers(config, missing) if fresh else {}
+    if left := [name for name in missing if not name.endswith(zeros) and name not in new]:
         raise ValueError(f"the checkpoint lacks {len(left)} weights, for example what gives {left[0]!r}")
     common = chosen or written["model.embed_tokens.weight"]
     for name in missing:
-        writer.add(name, torch.zeros(wanted[name], dtype=torch.float32 if name in fp32 else common))
+        start = torch.zeros(wanted[name]) if name.endswith(zeros) else new[name]
+        writer.add(name, start.to(torch.float32 if name in fp32 else common))
     writer.close()
     config.dtype = str(common).removeprefix("torch.")
     config.architectures = ["MCForCausalLM"]
     config.save_pretrained(folder)
+
+
+def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]:
+    """The start of all weights of the mixers to which `missing` weights belong."""
+    alone = {"num_hidden_layers": 1, "layer_types": [LAYER_TYPE], "intermediate_size": 0, "vocab_size": 1}
+    small = MCConfig.from_dict(config.to_dict() | alone | {"pad_token_id": None})
+    found = {}
+    for layer in sorted({name.split(".")[2] for name in missing if ".mixer." in name}):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(layer))
+            mixer = MCModel(small).layers[0].mixer
+        found |= {f"model.layers.{layer}.mixer.{name}": tensor for name, tensor in mixer.state_dict().items()}
+    return found
 
 
 def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: dict) -> None:

@@ -10,7 +10,7 @@ from ..configuration_mc import MCConfig
 
 
 # what `MCConfig.attention` names: the model of Transformers whose attention and rotary embedding are taken
-SOURCES = {"llama": "Llama", "olmo_hybrid": "OlmoHybrid", "qwen3_next": "Qwen3Next"}
+SOURCES = {"llama": "Llama", "qwen3": "Qwen3", "olmo_hybrid": "OlmoHybrid", "qwen3_next": "Qwen3Next"}
 
 
 def _take(kind: str, part: str) -> type[nn.Module]:

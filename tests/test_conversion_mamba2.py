@@ -91,7 +91,7 @@ def change(folder, **values):
         ({"time_step_limit": [0.0, 0.1]}, "time_step_limit.*inf"),
         ({"use_bias": True}, "use_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"model_type": "llama"}, "model_type='llama'.*supported: mamba2"),
+        ({"model_type": "gpt2"}, "model_type='gpt2'.*supported: mamba2"),
         ({"conv_kernel": 3}, "conv1d.*shape"),
     ],
 )

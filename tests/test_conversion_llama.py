@@ -1,0 +1,91 @@
+"""Llama and Qwen3 of Transformers: the same model with all attention layers, a trainable one with memory layers."""
+
+import pytest
+import torch
+from conversion_sources import IDS, SIZES, TOKENS, make_source, train
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from mc_transformers import MCForCausalLM
+from mc_transformers.conversion import cli
+from mc_transformers.conversion.convert import convert
+
+
+SMALL = SIZES | {
+    "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+SCALED = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, SMALL),
+    "llama biased": (LlamaForCausalLM, LlamaConfig, SMALL | {"attention_bias": True, "mlp_bias": True}),
+    "llama scaled": (LlamaForCausalLM, LlamaConfig, SMALL | {"rope_parameters": SCALED, "tie_word_embeddings": True}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, SMALL),
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(kind: str, **fields):
+        cls, config, values = KINDS[kind]
+        return make_source(cls, config(**values | fields), tmp_path / "source")
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_all_attention_is_the_source(tmp_path, make, kind):
+    theirs = make(kind)
+    convert(tmp_path / "source", tmp_path / "ours", verify=True)
+    ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
+    assert torch.equal(ours.generate(IDS, **TOKENS), theirs.generate(IDS, **TOKENS))
+
+
+@pytest.mark.parametrize("memory", ["gated_linear", "gated_delta", "swla"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory):
+    theirs = make(kind)
+    fields = {"memory": memory, "aggregation": "grm", "segment_size": 8}
+    convert(tmp_path / "source", tmp_path / "ours", layers=[1, 3], **fields)
+    ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert [kind == "memory_caching" for kind in ours.config.layer_types] == [False, True, False, True]
+    with torch.no_grad():  # up to the first memory layer nothing has changed
+        a, b = (model(IDS, output_hidden_states=True).hidden_states for model in (ours, theirs))
+        torch.testing.assert_close(a[1], b[1], rtol=0, atol=1e-4)
+        assert (a[2] - b[2]).abs().max() > 1e-3
+    mixer, attention = ours.model.layers[1].mixer, theirs.model.layers[1].self_attn
+    for name in ("q_proj", "o_proj"):
+        assert torch.equal(getattr(mixer, name).weight, getattr(attention, name).weight)
+    for name in ("k_proj", "v_proj"):  # heads 0 and 1 share the first
+        kept = getattr(attention, name).weight.unflatten(0, (2, 8))
+        assert torch.equal(getattr(mixer, name).weight.unflatten(0, (4, 8)), kept[[0, 0, 1, 1]])
+    fresh = MCForCausalLM(ours.config).model.layers[1].mixer
+    assert torch.equal(mixer.a_bias.bias, fresh.a_bias.bias) and mixer.u_proj.weight.abs().max() == 0
+    assert not torch.equal(mixer.a_proj.weight, ours.model.layers[3].mixer.a_proj.weight)
+    losses = train(ours)
+    assert losses[-1] < losses[0]
+
+
+def test_command_line(tmp_path, make, capsys):
+    make("llama")
+    argv = ["convert", str(tmp_path / "source"), str(tmp_path / "ours"), "--layers", "0,2", "--memory", "gated_delta"]
+    assert cli.main([*argv, "--verify-logits"]) == 1 and "is not the source" in capsys.readouterr().err
+    assert cli.main([*argv, "--aggregation", "ssc"]) == 0
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    assert "model.layers.0.mixer.memory.A_log.bias" in weights and "model.layers.1.self_attn.q_proj.weight" in weights
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "layers", "words"),
+    [
+        ("llama biased", {}, [0], "attention_bias"), ("llama", {}, [4], "layers=\\[4\\].*0 to 3"),
+        ("llama", {"hidden_act": "gelu"}, None, "hidden_act"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None, "sliding_att"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(tmp_path, make, kind, fields, layers, words):
+    make(kind, **fields)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "source", tmp_path / "ours", layers=layers)
+    assert not (tmp_path / "ours").exists()
