@@ -144,7 +144,7 @@ class Aggregation:
         row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
         head = torch.arange(q.shape[3], device=q.device).view(-1, 1)
         chosen = caches.summaries[row, index.clamp(min=0), head]  # [R, N, W, H, k, m, du]
-        logits = (chosen @ u.to(chosen.dtype)[..., None, :, None]).squeeze(-1).amax(-1)
+        logits = (chosen * u.to(chosen.dtype)[..., None, None, :]).sum(-1).amax(-1)
         gates, online_gate = self._gates(logits.masked_fill(index < 0, float("-inf")), online_logit)
         return self.memory.selected_read(q, gates, caches.states, index), online_gate
 
