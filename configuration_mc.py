@@ -32,10 +32,9 @@ CHOICES = {
 }
 DEEP_MEMORIES = ("dla", "titans")
 VECTOR_MEMORIES = ("lstm", "gru")
+TRITON_MEMORIES = ("linear", "retention", "gated_linear", "swla")  # every op of theirs has a Triton kernel
 # values that are part of the design but that this version does not implement yet
-NOT_YET = {
-    "mc_backend": ("triton",),
-}
+NOT_YET: dict[str, tuple[str, ...]] = {}
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_memory_heads", "num_key_heads", "key_head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
@@ -133,7 +132,8 @@ class MCConfig(PreTrainedConfig):
         attention_norm (`str`): norms of attention blocks "pre" (before attention and MLP) or "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
         cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".
-        mc_backend (`str`): "auto", "triton", "torch" or "reference" (token by token, slow: the specification).
+        mc_backend (`str`): "auto" (Triton on a GPU wherever an op has a kernel for it, else torch), "triton" (an error
+            where it cannot be had), "torch" or "reference" (token by token, slow: the specification).
 
     Raises:
         ValueError: a value of the wrong type or out of range, or a combination that means nothing. The message names
@@ -271,6 +271,8 @@ class MCConfig(PreTrainedConfig):
             self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
         if self.segment_size % self.summaries_per_segment:
             self._refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
+        if self.mc_backend == "triton" and self.memory not in TRITON_MEMORIES:
+            self._refuse("mc_backend", f"'auto', 'torch' or 'reference' with memory={self.memory!r}")
         if self.memory in DEEP_MEMORIES and self.segment_size % self.memory_chunk_size:
             self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
         if self.memory in DEEP_MEMORIES + VECTOR_MEMORIES and self.memory_value_dim != self.memory_key_dim:

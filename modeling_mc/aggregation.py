@@ -123,7 +123,9 @@ class Aggregation:
         """Mixed parameters (eq. 15) map by map: no token's own weights are ever built."""
         x = q
         for index in range(self.memory.num_maps):
-            past, online_gate = segment_read(fold(x), u, caches.states[index], caches.summaries, *gating)
+            past, online_gate = segment_read(
+                fold(x), u, caches.states[index], caches.summaries, *gating, self.memory.config.mc_backend
+            )
             mixed = past + online_gate[..., None].to(past.dtype) * fold(trace.read_map(index, x))
             mixed = mixed.reshape(*q.shape[:2], *mixed.shape[2:])
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
@@ -139,7 +141,11 @@ class Aggregation:
 
     def _select(self, q, u, online_logit, caches, routes):
         index = self._route(
-            routes, "grid", lambda: segment_route(u, caches.summaries, caches.birth, caches.first, self.top_k)
+            routes,
+            "grid",
+            lambda: segment_route(
+                u, caches.summaries, caches.birth, caches.first, self.top_k, self.memory.config.mc_backend
+            ),
         )
         row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
         head = torch.arange(q.shape[3], device=q.device).view(-1, 1)

@@ -80,6 +80,7 @@ class Memory(nn.Module):
 
     def __init__(self, config) -> None:
         super().__init__()
+        self.config = config  # the backend is looked up in every call
         self.gate_names = self.gate_names_for(config)
         self.num_heads = config.memory_heads
         self.key_dim = config.memory_key_dim

@@ -21,7 +21,8 @@ class MatrixMemory(Memory):
             v = v * gates["write"][..., None].to(v.dtype)
         initial = None if state is None else state[0]
         starts = table.starts if carry else None
-        online, ends = linear_write(q, k, v, gates.get("log_decay"), initial, starts, carry)
+        log_decay, backend = gates.get("log_decay"), self.config.mc_backend
+        online, ends = linear_write(q, k, v, log_decay, initial, starts, carry, backend)
         return Trace(online, (ends,))
 
     def step(self, state: State, k, v, gates) -> State:
@@ -36,10 +37,11 @@ class MatrixMemory(Memory):
         return (q.to(state[0].dtype)[..., None, :] @ state[0])[..., 0, :]
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        return segment_read(q, u, states[0], summaries, online_logit, birth, first, function)
+        gating = (summaries, online_logit, birth, first, function)
+        return segment_read(q, u, states[0], *gating, self.config.mc_backend)
 
     def selected_read(self, q, weights, states, index):
-        return selected_read(q, weights, states[0], index)
+        return selected_read(q, weights, states[0], index, self.config.mc_backend)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
         # the caches are summed before they are read (eq. 13): one matrix per grid segment

@@ -51,11 +51,12 @@ class SWLAMemory(MatrixMemory):
 
         last_k, last_v = earlier(k, state[1]), earlier(v, state[2])
         starts = table.starts if carry else None
-        log_decay = gates["log_decay"]
+        log_decay, backend = gates["log_decay"], self.config.mc_backend
         # the rule is linear in what is written: the online answers of the two writes add up
-        new, ends = linear_write(q, k, v * gates["write"][..., None].to(v.dtype), log_decay, state[0], starts, carry)
+        written = v * gates["write"][..., None].to(v.dtype)
+        new, ends = linear_write(q, k, written, log_decay, state[0], starts, carry, backend)
         again = (last_v[:, :, :-1] * gates["again"][..., None]).to(v.dtype)
-        old, old_ends = linear_write(q, last_k[:, :, :-1].to(k.dtype), again, log_decay, None, starts, carry)
+        old, old_ends = linear_write(q, last_k[:, :, :-1].to(k.dtype), again, log_decay, None, starts, carry, backend)
         return Trace(new + old, (ends + old_ends, last_k[:, :, -1], last_v[:, :, -1]))
 
     def step(self, state: State, k, v, gates) -> State:
