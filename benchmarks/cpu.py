@@ -152,9 +152,9 @@ def time_layers(names: list[str], length: int, backward: bool, repeats: int, max
     taken: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):  # the first one warms up, unless it is all there is time for
         for name, layer in layers.items():
-            if sum(taken[name]) < max_seconds / 2:
+            if sum(taken[name]) < max_seconds / 3:
                 taken[name].append(_run(layer, length, backward))
-                if turn == 1 and taken[name][0] < max_seconds / 2:
+                if turn == 1:
                     del taken[name][0]
     rows = {name: [1e3 * t for t in times] for name, times in taken.items()}
     return {name: {"ms": statistics.median(ms), "min_ms": min(ms), "repeats": len(ms)} for name, ms in rows.items()}
@@ -186,10 +186,10 @@ def time_decoding(name: str, tokens: int) -> dict[str, float]:
         caches[context] = past
     taken: dict[int, list[float]] = {context: [] for context in CONTEXTS}
     for step in range(tokens + 8):
-        for context, past in caches.items():
+        for context in CONTEXTS[:: -1 if step % 2 else 1]:  # a busy scheduler may favour the first or the second
             ids = torch.randint(256, (1, 1))
             start = time.perf_counter()
-            model(ids, past_key_values=past, use_cache=True)
+            model(ids, past_key_values=caches[context], use_cache=True)
             if step >= 8:
                 taken[context].append(1e3 * (time.perf_counter() - start))
     return {
@@ -243,6 +243,7 @@ def machine(threads: int) -> dict:
         "cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}", "threads": threads,
         "python": platform.python_version(), **versions, "commit": commit + ("+changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load before the run": round(os.getloadavg()[0], 2),
     }  # fmt: skip
 
 
@@ -256,13 +257,13 @@ def measure(options: argparse.Namespace) -> dict:
     names = [n for n in CASES if any(part in n for part in options.cases) and not missing_package(n)]
     results: dict = {"machine": machine(options.threads), "layer": [], "memory": [], "decode": []}
     skipped = results["left_out"] = {}
-    seconds = {name: 0.0 for name in names}  # of forward + backward at the last length
+    rate = {name: 0.0 for name in names}  # seconds / length^2 of the last pass: a bound for the next, longer one
     decoded = [n for n in DECODE_CASES if any(part in n for part in options.cases)]
     jobs = {"layer": len(options.lengths) * len(PASSES), "memory": len(options.lengths) * len(names)}
     jobs["decode"] = len(decoded)
     with tqdm(total=sum(jobs[part] for part in options.only)) as bar:
         for length in sorted(options.lengths):
-            able = [n for n in names if 4 * seconds[n] < options.max_seconds]  # twice the length, up to 4 x the time
+            able = [n for n in names if rate[n] * length**2 < options.max_seconds]
             skipped.update({f"{n}, {length}": "too slow" for n in names if n not in able})
             for kind in PASSES if "layer" in options.only else ():
                 bar.set_description(f"{kind} {length}")
@@ -271,7 +272,7 @@ def measure(options: argparse.Namespace) -> dict:
                 )
                 for name, row in times.items():
                     results["layer"].append({"case": name, "length": length, "pass": kind} | row)
-                    seconds[name] = row["ms"] / 1e3
+                    rate[name] = row["ms"] / 1e3 / length**2
                 bar.update()
             for name in names if "memory" in options.only else ():
                 bar.set_description(f"memory {length}")
@@ -348,7 +349,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="decoded tokens per context")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-seconds", type=float, default=20, help="about the longest that one pass may take")
+    parser.add_argument("--max-seconds", type=float, default=30, help="about the longest that one pass may take")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cpu.json")
     return parser.parse_args(arguments)
 
@@ -358,9 +359,17 @@ def main() -> None:
     results = measure(options)
     print(table(results))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_suffix(".part")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(options.output)
+    written_by = "<!-- written by benchmarks/cpu.py -->\n"
+    about = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+    left_out = "".join(f"* {name}: {why}\n" for name, why in results["left_out"].items())
+    page = f"{written_by}\n{about}\n{table(results)}\n" + (f"\nLeft out:\n\n{left_out}" if left_out else "")
+    for path, text in (
+        (options.output, json.dumps(results, indent=1) + "\n"),
+        (options.output.with_suffix(".md"), page),
+    ):
+        partial = path.with_suffix(".part")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
 
 
 if __name__ == "__main__":
