@@ -22,6 +22,11 @@ def memory_caching_mask(
     return attention_mask[:, -inputs_embeds.shape[1] :].contiguous()
 
 
+def is_memory_layer(layer: object) -> bool:
+    """Whether a cache layer is one of ours; also of a bundle's copy of this code, loaded in the same process."""
+    return hasattr(layer, "tensors") and hasattr(layer, "kept_dtype")
+
+
 def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
     """Layer `index` of a cache, which a memory layer is to read and fill.
 
@@ -29,7 +34,7 @@ def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
         ValueError: it is the cache of an attention layer.
     """
     layer = cache.layers[index] if index < len(cache.layers) else None
-    if not isinstance(layer, MCCacheLayer):
+    if not is_memory_layer(layer):
         raise ValueError(
             f"`past_key_values` holds {type(layer).__name__} for memory layer {index}, allowed: an MCCache or "
             "DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of attention, which a "

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ..configuration_mc import LAYER_TYPE
-from .cache import Kept, MCCacheLayer
+from .cache import Kept, MCCacheLayer, is_memory_layer
 from .memory_file import fingerprint, read, write
 
 
@@ -39,10 +39,6 @@ class MCCache(DynamicCache):
         self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
     ) -> None:
         super().__init__(*args, **kwargs)
-        for index, layer in enumerate(self.layers):
-            if layer._layer_type == LAYER_TYPE and not isinstance(layer, MCCacheLayer):
-                # a second copy of this code (a Hub repository) has registered its own class for the layer type
-                self.layers[index] = MCCacheLayer()
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
         self.filled_by: weakref.ref | None = None  # the model, for the fingerprint of `save_pretrained`
@@ -52,7 +48,7 @@ class MCCache(DynamicCache):
 
     @property
     def memory_layers(self) -> list[MCCacheLayer]:
-        return [layer for layer in self.layers if isinstance(layer, MCCacheLayer)]
+        return [layer for layer in self.layers if is_memory_layer(layer)]
 
     @property
     def num_segments(self) -> int:
@@ -64,7 +60,7 @@ class MCCache(DynamicCache):
         """Bytes of all tensors that the cache holds, attention layers' keys and values included."""
         total = sum(layer.nbytes for layer in self.memory_layers)
         for layer in self.layers:
-            if not isinstance(layer, MCCacheLayer):
+            if not is_memory_layer(layer):
                 total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
         return total
 
@@ -83,7 +79,7 @@ class MCCache(DynamicCache):
             raise ValueError("an empty cache cannot be saved: run the model on a text first (or pass `model`)")
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, MCCacheLayer):
+            if is_memory_layer(layer):
                 parts = layer.tensors
                 about = {"signature": layer.signature, "num_tokens": int(layer.num_tokens)}
             else:
@@ -116,7 +112,7 @@ class MCCache(DynamicCache):
         for index, (layer, about) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
             device = next(base.layers[index].parameters()).device
             parts = {n.split(".", 1)[1]: t.to(device) for n, t in tensors.items() if n.split(".", 1)[0] == str(index)}
-            if isinstance(layer, MCCacheLayer):
+            if is_memory_layer(layer):
                 kept = layer.kept_device or device
                 layer.tensors = {n: t.to(kept) if n.startswith(("kept.", "scale.")) else t for n, t in parts.items()}
                 layer.signature, layer.num_tokens = about["signature"], about["num_tokens"]
