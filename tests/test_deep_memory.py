@@ -369,7 +369,7 @@ def test_soup_of_deep_memories_is_not_grm():
     for aggregation in ("grm", "soup"):
         logits[aggregation] = build(small_config("dla", aggregation=aggregation))(tokens(2, 29)).logits
     assert_close(logits["grm"][:, :8], logits["soup"][:, :8], 1e-5)  # nothing is cached yet
-    assert (logits["grm"][:, 8:] - logits["soup"][:, 8:]).abs().max() > 1e-2
+    assert (logits["grm"][:, 8:] - logits["soup"][:, 8:]).abs().max() > 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------- memory
