@@ -132,8 +132,8 @@ class MCConfig(PreTrainedConfig):
         attention_norm (`str`): norms of attention blocks "pre" (before attention and MLP) or "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
         cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".
-        mc_backend (`str`): "auto" (Triton on a GPU wherever an op has a kernel for it, else torch), "triton" (an error
-            where it cannot be had), "torch" or "reference" (token by token, slow: the specification).
+        mc_backend (`str`): "auto" (torch, until the Triton kernels have run on a GPU), "triton" (an error where it
+            cannot be had), "torch" or "reference" (token by token, slow: the specification).
 
     Raises:
         ValueError: a value of the wrong type or out of range, or a combination that means nothing. The message names

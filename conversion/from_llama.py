@@ -3,7 +3,7 @@
 
 A memory layer keeps the projections of q, k, v and o and the MLP; keys and values that several heads share are
 repeated. What a memory has beyond that (gates, decay rates, norms of heads) starts as in a new model. Unlike every
-other conversion the result is approximate where layers were chosen, and needs training: examples/linearize.py.
+other conversion the result is approximate where layers were chosen, and needs training.
 """
 
 from collections.abc import Sequence

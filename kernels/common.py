@@ -61,20 +61,19 @@ def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int) -> st
     """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
 
     Args:
-        requested: `MCConfig.mc_backend`; "auto" takes Triton on a GPU wherever it can, and logs its choice once.
+        requested: `MCConfig.mc_backend`; "auto" is torch until the Triton kernels have run on a GPU; logged once.
 
     Raises:
         ValueError: "triton" is requested and cannot be had.
     """
-    if requested not in ("auto", "triton") or (requested == "auto" and x.device.type != "cuda"):
+    if requested != "triton":
+        if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():
+            _log_once(f"{op}: torch, because its Triton kernels have not run on a GPU yet (mc_backend='triton')")
         return "torch"
     problem = _no_triton(x, widths)
-    if problem is not None and requested == "triton":
+    if problem is not None:
         raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
-    chosen = "triton" if problem is None else "torch"
-    if not torch.compiler.is_compiling():
-        _log_once(f"{op}: {chosen} kernels on {x.device.type}" + (f", because {problem}" if problem else ""))
-    return chosen
+    return "triton"
 
 
 def _with_backend(function: Callable, module: str, name: str) -> Callable:
