@@ -49,6 +49,7 @@ class RecallConfig:
     mlp_width: int = _option(0, "hidden size of the MLP, 0 for none as in the published setting")
     output_gate: bool = _option(False, "gate the mixer's output; learning starts later with it")
     conv_kernel_size: int = _option(4, "width of the short convolution on queries, keys and values, 0 for none")
+    options: str = _option("{}", "other fields of MCConfig as JSON")
     init_std: float = _option(0.1, "standard deviation of initial weights; the usual 0.02 is meant for wide models")
 
     seq_len: int = _option(256, "tokens per sequence, T")
@@ -128,11 +129,11 @@ def mqar_batch(
 def build_model(config: RecallConfig) -> PreTrainedModel:
     """The model of a run, freshly initialised."""
     types = config.layer_types * config.layers if len(config.layer_types) == 1 else config.layer_types
-    model = MCForCausalLM(
+    return MCForCausalLM(
         MCConfig(
             vocab_size=config.vocab,
             hidden_size=config.width,
-            intermediate_size=max(config.mlp_width, 1),
+            intermediate_size=config.mlp_width,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             head_dim=config.width // config.heads,
@@ -148,19 +149,9 @@ def build_model(config: RecallConfig) -> PreTrainedModel:
             initializer_range=config.init_std,
             tie_word_embeddings=False,
             use_cache=False,
+            **json.loads(config.options),
         )
     )
-    if not config.mlp_width:
-        for layer in model.model.layers:
-            layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), NoMLP()
-    return model
-
-
-class NoMLP(torch.nn.Module):
-    """Adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
