@@ -102,9 +102,18 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from . import from_fla_linear, from_llama, from_mamba2, from_olmo_hybrid, from_qwen, from_retnet
+    from . import (
+        from_fla_gated_deltanet,
+        from_fla_linear,
+        from_llama,
+        from_mamba2,
+        from_olmo_hybrid,
+        from_qwen,
+        from_retnet,
+    )
 
-    modules = (from_mamba2, from_fla_linear, from_retnet, from_olmo_hybrid, from_qwen, from_llama)
+    delta = (from_fla_gated_deltanet, from_olmo_hybrid, from_qwen)
+    modules = (from_mamba2, from_fla_linear, from_retnet, *delta, from_llama)
     return {module.SOURCE.name: module.SOURCE for module in modules}
 
 

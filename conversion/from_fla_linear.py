@@ -2,7 +2,7 @@
 """LinearAttention of flash-linear-attention, with the identity as feature map, to `linear`."""
 
 from .convert import Source, refuse
-from .fla_models import RULES, fla_fields
+from .fla_models import LINEAR_RULES, linear_fields
 
 
 def make_config(found: dict) -> dict:
@@ -10,7 +10,7 @@ def make_config(found: dict) -> dict:
     for name in ("norm_q", "norm_k", "norm_feature_map"):
         if found.get(name):
             refuse(f"normalised queries or keys ({name})", True, "False")
-    return fla_fields(found, expand_v=1, hidden_ratio=4) | {"memory": "linear", "use_output_gate": False}
+    return linear_fields(found, expand_v=1, hidden_ratio=4) | {"memory": "linear", "use_output_gate": False}
 
 
-SOURCE = Source("fla_linear", ("linear_attn",), make_config, RULES)
+SOURCE = Source("fla_linear", ("linear_attn",), make_config, LINEAR_RULES)

@@ -2,7 +2,7 @@
 """RetNet of flash-linear-attention to `retention` with rotary queries and keys."""
 
 from .convert import Source, refuse
-from .fla_models import RULES, fla_fields
+from .fla_models import LINEAR_RULES, linear_fields
 
 
 def make_config(found: dict) -> dict:
@@ -10,7 +10,7 @@ def make_config(found: dict) -> dict:
         refuse("no output gate (use_output_gate)", False, "True")
     rope = {"rope_type": "default", "rope_theta": 10000.0}  # fixed in the library
     fields = {"memory": "retention", "rope": "all", "rope_parameters": rope}
-    return fla_fields(found, expand_v=2, hidden_ratio=2) | fields
+    return linear_fields(found, expand_v=2, hidden_ratio=2) | fields
 
 
-SOURCE = Source("retnet", ("retnet",), make_config, RULES)
+SOURCE = Source("retnet", ("retnet",), make_config, LINEAR_RULES)
