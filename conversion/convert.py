@@ -4,12 +4,12 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from .. import MCConfig, MCForCausalLM, MCModel
 from ..configuration_mc import LAYER_TYPE
@@ -43,6 +43,7 @@ class Source:
         merges: (pattern with one group `part`, its values in order): such weights are joined along their rows to one
             whose name lacks the part, and only then looked up in the rules.
         fresh: what is missing in a mixer starts as in a new model.
+        names: patterns of names that Transformers knows under others, for `verify_logits`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     zeros: tuple[str, ...] = ()
     merges: tuple[tuple[str, tuple[str, ...]], ...] = ()
     fresh: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     def targets(self, name: str, found: dict) -> tuple[list[str], Split]:
         """Target names of a source tensor.
@@ -183,13 +185,17 @@ def convert(
     Raises:
         ValueError: another architecture, a missing piece, weights that are missing, left over or of a wrong shape.
     """
+    from .from_mamba2 import in_terms_of_transformers
+
     checkpoint = Path(checkpoint)
-    found = read_config(checkpoint / "config.json")
+    found = in_terms_of_transformers(read_config(checkpoint / "config.json"))
     kind = find_source(found, source)
     if layers:
         kind = _with_memory_layers(kind, layers, verify)
+    theirs = None
     if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
-        found = CONFIG_MAPPING[found["model_type"]].from_dict(found).to_dict()
+        theirs = CONFIG_MAPPING[found["model_type"]].from_dict(found)
+        found = theirs.to_dict()
     config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
 
     def parts() -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -202,7 +208,7 @@ def convert(
         write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size, kind.fresh)
         copy_extras(checkpoint, folder)
         if verify:
-            verify_logits(checkpoint, folder)
+            verify_logits(checkpoint, folder, theirs, kind.names)
     return Path(output)
 
 
@@ -291,17 +297,25 @@ def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: di
 
 
 @torch.no_grad()
-def verify_logits(checkpoint: str | Path, converted: str | Path) -> float:
+def verify_logits(
+    checkpoint: str | Path,
+    converted: str | Path,
+    config: PreTrainedConfig | None = None,
+    names: dict[str, str] | None = None,
+) -> float:
     """Largest difference of the logits in fp32 on random tokens, fewer than a segment.
+
+    Args:
+        config, names: of the source, where its config.json and its names are not those of Transformers.
 
     Raises:
         RuntimeError: it is larger than 1e-4.
     """
     ours = MCForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, key_mapping=names, dtype=torch.float32)
     length = 64 if ours.config.aggregation == "none" else min(64, ours.config.segment_size)
     ids = torch.randint(0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    difference = (ours(ids).logits - theirs(ids).logits).abs().max().item()
+    difference = (ours(ids).logits - theirs.eval()(ids).logits).abs().max().item()
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the converted model's logits differ by {difference:.1e}, allowed: {TOLERANCE:.0e}")
     return difference

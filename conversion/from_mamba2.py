@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""Mamba-2, in the layout of Transformers and in that of its authors, to `gated_linear` with step gates.
+"""Mamba-2, in the layout of Transformers and in that of its authors (state-spaces), to `gated_linear` with step gates.
 
 The projection's rows are [z, x, B, C, dt]: output gate, values, keys, queries, step sizes.
 """
@@ -11,6 +11,56 @@ from .convert import Source, keep, refuse
 
 def _heads(found: dict) -> int:
     return found["num_heads"]
+
+
+# defaults of the authors' layer, and values that change no logits
+LAYER_DEFAULTS = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1}
+INITIAL = (
+    "A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path", "layer_idx",
+)  # fmt: skip
+# what else the authors' config may say, and the only values that Transformers' Mamba-2 has
+LAYER_FIXED = {
+    "layer": ("Mamba2",), "d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,),
+    "conv_bias": (True, False), "bias": (False,), "dt_limit": ([0.0, float("inf")],),
+}  # fmt: skip
+MODEL_FIXED = {"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([], None)}
+
+
+def in_terms_of_transformers(found: dict) -> dict:
+    """config.json of the authors' package under the names of Transformers; every other config as it is.
+
+    Raises:
+        ValueError: another layer than Mamba-2, or an option that Transformers' Mamba-2 has not.
+    """
+    if "ssm_cfg" not in found or "model_type" in found:
+        return found
+    layer = {"layer": "Mamba1", **found["ssm_cfg"]}  # their default
+    known = {**LAYER_DEFAULTS, **LAYER_FIXED, **dict.fromkeys(INITIAL)}
+    if unknown := sorted(set(layer) - set(known)):
+        refuse(f"an unknown option of the layer (ssm_cfg.{unknown[0]})", layer[unknown[0]], ", ".join(known))
+    for values, fixed, where in ((layer, LAYER_FIXED, "ssm_cfg."), (found, MODEL_FIXED, "")):
+        for name, allowed in fixed.items():
+            if name in values and values[name] not in allowed:
+                refuse(f"another {where}{name}", values[name], " or ".join(map(repr, allowed)))
+    layer = LAYER_DEFAULTS | layer
+    padding, tied = found.get("pad_vocab_size_multiple", 8), found.get("tie_embeddings", True)
+    return {
+        "model_type": "mamba2",
+        "architectures": found.get("architectures"),
+        "vocab_size": -(-found["vocab_size"] // padding) * padding,
+        "hidden_size": found["d_model"],
+        "num_hidden_layers": found["n_layer"],
+        "num_heads": layer["expand"] * found["d_model"] // layer["headdim"],
+        "head_dim": layer["headdim"],
+        "state_size": layer["d_state"],
+        "n_groups": layer["ngroups"],
+        "expand": layer["expand"],
+        "conv_kernel": layer["d_conv"],
+        "use_conv_bias": layer.get("conv_bias", True),
+        "tie_word_embeddings": tied,
+        "layer_norm_epsilon": 1e-5,
+        **{name: found.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    }
 
 
 def make_config(found: dict) -> dict:
@@ -67,6 +117,7 @@ SOURCE = Source(
     name="mamba2",
     model_types=("mamba2",),
     make_config=make_config,
+    names={r"^backbone\.embedding\.": "backbone.embeddings."},
     rules=(
         (r"backbone\.embeddings?\.weight", ("model.embed_tokens.weight",), keep),
         (r"backbone\.norm_f\.weight", ("model.norm.weight",), keep),

@@ -28,6 +28,30 @@ def source(tmp_path):
     return mamba2(tmp_path / "source")
 
 
+def state_spaces(folder, target, suffix: str = "bin", **layer) -> None:
+    """Rewrites a folder of Transformers in the layout of Mamba-2's authors."""
+    theirs = json.loads((folder / "config.json").read_text())
+    target.mkdir()
+    config = {
+        "d_model": theirs["hidden_size"], "d_intermediate": 0, "n_layer": theirs["num_hidden_layers"],
+        "vocab_size": theirs["vocab_size"] - 5, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
+        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": theirs["vocab_size"],
+        "tie_embeddings": theirs["tie_word_embeddings"],
+        "ssm_cfg": {
+            "layer": "Mamba2", "d_state": theirs["state_size"], "headdim": theirs["head_dim"],
+            "ngroups": theirs["n_groups"], "conv_bias": theirs["use_conv_bias"], **layer,
+        },
+    }  # fmt: skip
+    (target / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
+    weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"].clone())
+    if suffix == "bin":
+        torch.save(weights, target / "pytorch_model.bin")
+    else:
+        save_file(weights, target / "model.safetensors")
+
+
 VARIANTS = [{}, {"n_groups": 1}, {"tie_word_embeddings": True}, {"use_conv_bias": False}]
 
 
@@ -40,6 +64,33 @@ def test_logits_and_tokens_are_those_of_the_source(tmp_path, fields):
     assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
     assert torch.equal(ours.generate(IDS, **TOKENS), theirs.generate(IDS, **TOKENS))
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+@torch.no_grad()
+def test_the_authors_layout_gives_the_same_model(tmp_path, fields, suffix):
+    theirs = mamba2(tmp_path / "source", **fields)
+    state_spaces(tmp_path / "source", tmp_path / "authors", suffix, expand=2)
+    convert(tmp_path / "authors", tmp_path / "ours", verify=True)
+    ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert ours.config.tie_word_embeddings == fields.get("tie_word_embeddings", False)
+    assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ({"layer": "Mamba1"}, "ssm_cfg.layer.*'Mamba1'.*'Mamba2'"), ({"D_has_hdim": True}, "D_has_hdim"),
+        ({"norm_before_gate": True}, "norm_before_gate"), ({"dt_limit": [0.0, 0.5]}, "dt_limit"),
+        ({"d_ssm": 24}, "d_ssm"), ({"swirl": 1}, "an unknown option.*swirl"),
+    ],
+)  # fmt: skip
+def test_what_the_authors_layer_has_beyond_that_is_named(tmp_path, source, layer, words):
+    state_spaces(tmp_path / "source", tmp_path / "authors", **layer)
+    with pytest.raises(ValueError, match=words):
+        convert(tmp_path / "authors", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "grm", "ssc"])
