@@ -1,4 +1,5 @@
-# make demo | make test | make test-oldest | make support | make lint | make clean. The first call builds .venv; later calls reuse it.
+# make demo | make test | make docs | make test-oldest | make support | make lint | make clean. The first call builds .venv; later
+# calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +11,9 @@ OLDEST_STAMP := $(OLDEST)/.stamp-test
 TORCH_STAMP := $(VENV)/.stamp-torch
 TRAIN_STAMP := $(VENV)/.stamp-train
 TEST_STAMP := $(VENV)/.stamp-test
+DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: demo test test-oldest support lint clean
+.PHONY: demo test test-oldest docs support lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -21,6 +23,10 @@ test: lint
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests
+
+# the documentation site, in build/site: a warning is an error
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # the support table of README.md, from the tests that ran
 support: $(TEST_STAMP)
@@ -46,6 +52,10 @@ $(TRAIN_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[test]"
 	touch $@ $(TRAIN_STAMP)
+
+$(DOCS_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@
 
 $(OLDEST_STAMP): setup.py pyproject.toml
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -67,11 +67,11 @@ class MCConfig(PreTrainedConfig):
     Configuration of a Memory Caching decoder (arXiv 2602.24281).
 
     Args:
-        vocab_size (`int`): size of the vocabulary.
-        hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`): width of the SwiGLU MLP; 0 = blocks without an MLP.
-        num_hidden_layers (`int`): number of blocks.
-        num_attention_heads (`int`): heads of every mixer.
+        vocab_size (`int`, defaults to `32000`): size of the vocabulary.
+        hidden_size (`int`, defaults to `768`): width of the residual stream.
+        intermediate_size (`int`, defaults to `2048`): width of the SwiGLU MLP; 0 = blocks without an MLP.
+        num_hidden_layers (`int`, defaults to `12`): number of blocks.
+        num_attention_heads (`int`, defaults to `12`): heads of every mixer.
         num_key_value_heads (`int`, *optional*): key and value heads of attention layers; defaults to
             `num_attention_heads`.
         head_dim (`int`, *optional*): width of queries and keys of a head; defaults to hidden_size / heads.
@@ -81,59 +81,75 @@ class MCConfig(PreTrainedConfig):
             neighbouring memories; defaults to one per memory.
         key_head_dim (`int`, *optional*): width of queries and keys in memory layers; defaults to `head_dim`.
         value_head_dim (`int`, *optional*): width of values of a head in memory layers; defaults to `key_head_dim`.
-        hidden_act (`str`): activation of the MLP.
-        max_position_embeddings (`int`): longest sequence the model was made for; memory layers have no limit.
-        initializer_range (`float`): standard deviation of initial weights.
-        rms_norm_eps (`float`): epsilon of the RMS norms.
-        use_cache (`bool`): whether forward returns a cache by default.
-        tie_word_embeddings (`bool`): whether the output head shares the embedding's weight.
+        hidden_act (`str`, defaults to `"silu"`): activation of the MLP.
+        max_position_embeddings (`int`, defaults to `4096`): longest sequence the model was made for; memory layers
+            have no limit.
+        initializer_range (`float`, defaults to `0.02`): standard deviation of initial weights.
+        rms_norm_eps (`float`, defaults to `1e-06`): epsilon of the RMS norms.
+        use_cache (`bool`, defaults to `True`): whether forward returns a cache by default.
+        tie_word_embeddings (`bool`, defaults to `False`): whether the output head shares the embedding's weight.
+        pad_token_id (`int`, *optional*): padding token.
+        bos_token_id (`int`, *optional*): first token of a text.
+        eos_token_id (`int` or `list[int]`, *optional*): tokens that end a text.
         layer_types (`list[str]`, *optional*): per layer "memory_caching" (default for all), "full_attention" or
             "sliding_attention".
         rope_parameters (`dict`, *optional*): rotary embedding of attention layers.
         sliding_window (`int`, *optional*): window of "sliding_attention" layers.
-        attention_bias (`bool`), attention_dropout (`float`): of attention layers.
-        mlp_bias (`bool`): biases in the MLP.
-        memory (`str`): the write rule: "linear", "retention", "gated_linear", "swla", "gated_delta", "dla",
-            "titans", "lstm" or "gru".
-        aggregation (`str`): the read rule: "none" (plain RNN: one endless segment, `state_init` is ignored),
-            "residual" (eq. 7), "grm" (eq. 9), "soup" (eq. 15), "ssc" (eq. 17) or "mean" (post-training caching).
-        segmentation (`str`): "constant", or "logarithmic" (Fenwick grouping of the prefix in units of segment_size).
-        segment_size (`int`): tokens per segment.
-        state_init (`str`): "independent" (a segment starts from M_0) or "checkpoint" (from the last state).
-        num_selected_segments (`int`): k of "ssc".
-        route_sharing (`str`): "layer": every layer chooses its segments, or "model": all use the first memory layer's
-            choice ("ssc").
-        gate_source (`str`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
-        gate_function (`str`): "softmax" over the memories read, or "sigmoid", each gate on its own.
-        segment_summary (`str`): what the segment descriptor averages: "keys" as written, or "hidden" (the mixer's
-            input, cut into heads).
-        summaries_per_segment (`int`): m > 1: one mean per sub-block of a segment, its score is the largest.
-        memory_chunk_size (`int`): inner chunk of deep memories, the same in training and decoding.
-        memory_expansion (`int`): hidden width of a deep memory / head_dim.
-        memory_decay (`bool`): a learned decay of "dla" memories (which eq. 30 does not have).
-        memory_head_norm (`bool`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
-        vector_read (`str`): how a vector memory ("lstm", "gru") is read: "multiply" (q * h, eq. 18-20) or "add"
-            (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)).
-        allow_negative_eigenvalues (`bool`): write strengths of "gated_delta" in [0, 2] and not in [0, 1].
-        conv_kernel_size (`int`): width of the causal depthwise convolution (with SiLU) on q, k and v; 0 = none.
-        conv_bias (`bool`): bias of this convolution.
-        qk_norm (`bool`): L2 norm of queries and keys.
+        attention_bias (`bool`, defaults to `False`): biases in the projections of attention layers.
+        attention_dropout (`float`, defaults to `0.0`): dropout of attention weights.
+        mlp_bias (`bool`, defaults to `False`): biases in the MLP.
+        memory (`str`, defaults to `"linear"`): the write rule: "linear", "retention", "gated_linear", "swla",
+            "gated_delta", "dla", "titans", "lstm" or "gru".
+        aggregation (`str`, defaults to `"grm"`): the read rule: "none" (plain RNN: one endless segment, `state_init`
+            is ignored), "residual" (eq. 7), "grm" (eq. 9), "soup" (eq. 15), "ssc" (eq. 17) or "mean" (post-training
+            caching).
+        segmentation (`str`, defaults to `"constant"`): "constant", or "logarithmic" (Fenwick grouping of the prefix in
+            units of segment_size).
+        segment_size (`int`, defaults to `256`): tokens per segment.
+        state_init (`str`, defaults to `"independent"`): "independent" (a segment starts from M_0) or "checkpoint"
+            (from the last state).
+        num_selected_segments (`int`, defaults to `4`): k of "ssc".
+        route_sharing (`str`, defaults to `"layer"`): "layer": every layer chooses its segments, or "model": all use
+            the first memory layer's choice ("ssc").
+        gate_source (`str`, defaults to `"projection"`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
+        gate_function (`str`, defaults to `"softmax"`): "softmax" over the memories read, or "sigmoid", each gate on
+            its own.
+        segment_summary (`str`, defaults to `"keys"`): what the segment descriptor averages: "keys" as written, or
+            "hidden" (the mixer's input, cut into heads).
+        summaries_per_segment (`int`, defaults to `1`): m > 1: one mean per sub-block of a segment, its score is the
+            largest.
+        memory_chunk_size (`int`, defaults to `16`): inner chunk of deep memories, the same in training and decoding.
+        memory_expansion (`int`, defaults to `4`): hidden width of a deep memory / head_dim.
+        memory_decay (`bool`, defaults to `False`): a learned decay of "dla" memories (which eq. 30 does not have).
+        memory_head_norm (`bool`, defaults to `True`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
+        vector_read (`str`, defaults to `"multiply"`): how a vector memory ("lstm", "gru") is read: "multiply" (q * h,
+            eq. 18-20) or "add" (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)).
+        allow_negative_eigenvalues (`bool`, defaults to `False`): write strengths of "gated_delta" in [0, 2] and not in
+            [0, 1].
+        conv_kernel_size (`int`, defaults to `4`): width of the causal depthwise convolution (with SiLU) on q, k and v;
+            0 = none.
+        conv_bias (`bool`, defaults to `False`): bias of this convolution.
+        qk_norm (`bool`, defaults to `True`): L2 norm of queries and keys.
         qk_norm_eps (`float`, *optional*): divide by sqrt(|x|^2 + eps) instead of |x|.
-        gate_form (`str`): of "gated_linear": "sigmoid" (a decay per head and token) or "step" (Mamba-2's step size,
-            which decays and scales the write).
-        value_skip (`bool`): add a learned multiple of a token's own value to each head's answer (Mamba-2's D).
-        use_output_gate (`bool`): gate of the mixer's output.
-        output_norm (`str`): "head" (RMS norm of each head, then the gate), "gated" (the gate, then one RMS norm over
-            the heads that share a key head: Mamba-2) or "none".
+        gate_form (`str`, defaults to `"sigmoid"`): of "gated_linear": "sigmoid" (a decay per head and token) or "step"
+            (Mamba-2's step size, which decays and scales the write).
+        value_skip (`bool`, defaults to `False`): add a learned multiple of a token's own value to each head's answer
+            (Mamba-2's D).
+        use_output_gate (`bool`, defaults to `True`): gate of the mixer's output.
+        output_norm (`str`, defaults to `"head"`): "head" (RMS norm of each head, then the gate), "gated" (the gate,
+            then one RMS norm over the heads that share a key head: Mamba-2) or "none".
         output_norm_eps (`float`, *optional*): its epsilon; defaults to `rms_norm_eps`.
-        rope (`str`): who has rotary positions: "attention" layers, "all" (also q and k of memory layers) or "none".
-        attention (`str`): whose attention the attention layers are: "llama", "qwen3" (norms of q and k), "olmo_hybrid"
-            (the same; the only one that can do without rotary positions) or "qwen3_next" (gated, partial rotary).
-        attention_norm (`str`): norms of attention blocks "pre" (before attention and MLP) or "post" (after them).
+        rope (`str`, defaults to `"attention"`): who has rotary positions: "attention" layers, "all" (also q and k of
+            memory layers) or "none".
+        attention (`str`, defaults to `"llama"`): whose attention the attention layers are: "llama", "qwen3" (norms of
+            q and k), "olmo_hybrid" (the same; the only one that can do without rotary positions) or "qwen3_next"
+            (gated, partial rotary).
+        attention_norm (`str`, defaults to `"pre"`): norms of attention blocks "pre" (before attention and MLP) or
+            "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
-        cache_eviction (`str`): who leaves a full cache: "oldest" or "least_read".
-        mc_backend (`str`): "auto" (torch, until the Triton kernels have run on a GPU), "triton" (an error where it
-            cannot be had), "torch" or "reference" (token by token, slow: the specification).
+        cache_eviction (`str`, defaults to `"oldest"`): who leaves a full cache: "oldest" or "least_read".
+        mc_backend (`str`, defaults to `"auto"`): "auto" (torch, until the Triton kernels have run on a GPU), "triton"
+            (an error where it cannot be had), "torch" or "reference" (token by token, slow: the specification).
 
     Raises:
         ValueError: a value of the wrong type or out of range, or a combination that means nothing. The message names

@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 
 
 TRAIN = ["peft", "datasets", "matplotlib"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 TEST = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", *TRAIN]
 
 
@@ -49,7 +50,7 @@ setup(
         "huggingface-hub",
         'triton; platform_system=="Linux"',
     ],
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"train": TRAIN, "test": TEST, "docs": DOCS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

@@ -124,6 +124,10 @@ class MCCacheLayer(CacheLayerMixin):
     def check(self, signature: dict, batch_size: int) -> None:
         """Refuse a cache that another kind of model or another batch has filled.
 
+        Args:
+            signature: what of a layer's config decides the shapes and meaning of its states.
+            batch_size: B of the coming forward.
+
         Raises:
             ValueError: the layer already holds something that does not fit.
         """
@@ -149,6 +153,7 @@ class MCCacheLayer(CacheLayerMixin):
 
     @property
     def position(self) -> torch.Tensor:
+        """`[B]` int64: real tokens written, without padding."""
         return self.tensors["position"]
 
     def group(self, prefix: str) -> tuple[torch.Tensor, ...]:
@@ -165,7 +170,8 @@ class MCCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None, *args, **kwargs):
-        """Count the tokens of `key_states` `[B, T, ...]`, whose traces the mixer has left in `tensors`."""
+        """Count the tokens of `key_states` `[B, T, ...]`, whose traces the mixer has left in `tensors`; returns its
+        arguments, as Transformers' caches do."""
         if not self.is_initialized:
             self.lazy_initialization(key_states)
         self._count(key_states.shape[1])
@@ -234,16 +240,20 @@ class MCCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors of this layer, on whatever device."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
     # -------------------------------------------------------------------------------------------- for Transformers
     def get_seq_length(self) -> int | torch.Tensor:
+        """Tokens read, padding included: the length that `generate` counts."""
         return self.num_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int | torch.Tensor, int]:
+        """Length and offset of the mask of a forward of `query_length` tokens."""
         return self.num_tokens + query_length, 0
 
     def get_max_length(self) -> int:
+        """-1: there is no longest sequence."""
         return -1
 
     def get_max_cache_shape(self) -> int:
@@ -259,23 +269,29 @@ class MCCacheLayer(CacheLayerMixin):
             entry.mask = None if entry.mask is None else function(entry.mask)
 
     def reset(self) -> None:
+        """Forget everything."""
         self.tensors, self.num_tokens, self.is_initialized = {}, 0, False
         self.recorded, self.snapshot = [], None
 
     def offload(self) -> None:
+        """Move all tensors to host memory (Transformers' offloading layer by layer; see `MCCache` for segments)."""
         self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        """Move all tensors back to where they are computed."""
         if self.is_initialized:
             self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search: row i goes on from row `beam_idx[i]`, `[B]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side."""
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` `[B']`, in this order."""
         self._map(lambda t: t[indices.to(t.device)])
 
     # --------------------------------------------------------------------------------------------------- rolling back

@@ -20,7 +20,7 @@ class MCCache(DynamicCache):
     """A `DynamicCache` of this family with the numbers that people want to know of a memory.
 
     Args:
-        config: the model's config.
+        config: the model's config (a keyword, as in `DynamicCache`).
         offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
             device, and "ssc" fetches just the chosen states.
         state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
@@ -48,6 +48,7 @@ class MCCache(DynamicCache):
 
     @property
     def memory_layers(self) -> list[MCCacheLayer]:
+        """The caches of the memory layers, in their order."""
         return [layer for layer in self.layers if is_memory_layer(layer)]
 
     @property
@@ -69,6 +70,7 @@ class MCCache(DynamicCache):
         """Write the whole memory to `directory`/memory.safetensors, with a fingerprint of the model that filled it.
 
         Args:
+            directory: created if it is missing; a memory in it is replaced once the new one is written.
             model: the model that filled this cache; the one that last did is known.
 
         Raises:
@@ -95,6 +97,11 @@ class MCCache(DynamicCache):
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, **kwargs) -> "MCCache":
         """The memory that `save_pretrained` wrote, on the devices of `model`.
+
+        Args:
+            directory: holds memory.safetensors.
+            model: the one that filled the memory, same config and weights.
+            kwargs: of the new `MCCache`, for example `offload_segments`; `state_dtype` is as it was.
 
         Raises:
             FileNotFoundError: no memory file there.
@@ -136,6 +143,7 @@ class MCCache(DynamicCache):
 
         Args:
             caches: of the same model, each a batch of one row.
+            model: the one that filled them.
 
         Raises:
             ValueError: not exactly one row each, or a model for which documents can't be put side by side: attention

@@ -101,6 +101,13 @@ class MCDecoderLayer(GradientCheckpointingLayer):
 
 
 class MCPreTrainedModel(PreTrainedModel):
+    """What the models of the family share: initial weights, and what Transformers asks of them.
+
+    Gate biases, decay rates and M_0 stay in fp32 when a model is loaded in half precision. `save_pretrained` and
+    `push_to_hub` write the code of the family beside the weights, so that the folder or repository also loads with
+    `trust_remote_code=True` where this package is not installed.
+    """
+
     config: MCConfig
     config_class = MCConfig
     base_model_prefix = "model"
@@ -140,7 +147,11 @@ class MCPreTrainedModel(PreTrainedModel):
 
 
 class MCModel(MCPreTrainedModel):
-    """The decoder without a head."""
+    """The decoder without a head: `[B, T]` tokens to `[B, T, hidden_size]`, in the dtype of the weights.
+
+    Args:
+        config: kind and size of the model; weights are random (`from_pretrained` loads trained ones).
+    """
 
     def __init__(self, config: MCConfig) -> None:
         super().__init__(config)
@@ -189,11 +200,18 @@ class MCModel(MCPreTrainedModel):
         """Hidden states of `input_ids` `[B, T]` (or `inputs_embeds` `[B, T, hidden]`).
 
         Args:
+            input_ids: `[B, T]`, int64 or int32.
+            inputs_embeds: `[B, T, hidden_size]` in the dtype of the weights, instead of `input_ids`.
             attention_mask: `[B, cached + T]`, or of the new tokens `[B, T]` in a model of memory layers only,
                 0 = padding anywhere; or a dict keyed by layer type.
             position_ids: `[B, T]`, read by attention layers only: memory layers count each row's real tokens.
             past_key_values: an `MCCache` or `DynamicCache(config=config)`, filled in place.
-            cu_seq_lens_q, seq_idx: borders of packed documents, as `DataCollatorWithFlattening` makes them.
+            use_cache: return a cache, a new `MCCache` if none is given; by default as the config says.
+            kwargs: `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, borders of packed documents, as
+                `DataCollatorWithFlattening` makes them; `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` `[B, T, hidden_size]`, and `past_key_values` if a cache is used.
 
         Raises:
             ValueError: inputs that are missing, empty, of a wrong dtype or shape, or packed without borders.
@@ -297,7 +315,15 @@ class MCModel(MCPreTrainedModel):
 
 
 class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
-    """MCModel with a language-modelling head."""
+    """MCModel with a language-modelling head, and `generate`.
+
+    Args:
+        config: kind and size of the model; weights are random (`from_pretrained` loads trained ones).
+
+    Example:
+        >>> model = MCForCausalLM.from_pretrained("a folder or a Hub repository", dtype="bfloat16")
+        >>> model.generate(input_ids, max_new_tokens=20)
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -324,8 +350,17 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits `[B, T, vocab]`, or of the last `logits_to_keep` tokens; with `labels` `[B, T]` (-100 = ignored)
-        also the loss. Other arguments: see `MCModel.forward`."""
+        """Logits of the next token and, with `labels`, the loss. Other arguments and errors: see `MCModel.forward`.
+
+        Args:
+            labels: `[B, T]` int64, usually `input_ids`: they are shifted here; -100 = ignored.
+            logits_to_keep: logits of the last so many tokens only (0 = all), or of the positions in a tensor.
+            kwargs: `num_items_in_batch` divides the summed loss by this number and not by the labels at hand.
+
+        Returns:
+            `logits` `[B, T, vocab_size]` in the dtype of the weights, `loss` (a fp32 scalar) with `labels`,
+            `past_key_values` if a cache is used.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -350,15 +385,16 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
 
 
 class MCForSequenceClassification(GenericForSequenceClassification, MCPreTrainedModel):
-    """Scores the last token of every row that is not padding."""
+    """MCModel with `num_labels` scores `[B, num_labels]` of the last token of every row that is not padding
+    (`pad_token_id`)."""
 
 
 class MCForTokenClassification(GenericForTokenClassification, MCPreTrainedModel):
-    """Scores every token."""
+    """MCModel with `num_labels` scores `[B, T, num_labels]` of every token."""
 
 
 class MCForQuestionAnswering(GenericForQuestionAnswering, MCPreTrainedModel):
-    """Scores every token as start and end of an answer."""
+    """MCModel with two scores `[B, T]` of every token: start and end of an answer."""
 
 
 enter_names(
