@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import Metadata, Result, render, write_card
+from .figure import draw_memory
 from .files import new_folder, write_file
 from .flat import AUTO_MAP, ROOT, flat_files, unreachable
 from .loading import load_model, load_tokenizer
@@ -53,7 +54,7 @@ def write_bundle(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     kind = (auto_class_of(model), tokenizer is not None, model.num_parameters())
-    card = render(model.config, repo_id, *kind, metadata, results)
+    card = render(model.config, repo_id, *kind, metadata, results, draw_memory(model.config, folder))
     write_card(folder, card, results)
 
 

@@ -113,8 +113,9 @@ def render(
     parameters: int | None = None,
     metadata: Metadata | None = None,
     results: Sequence[Result] = (),
+    figure: str | None = None,
 ) -> ModelCard:
-    """The card of a model of `config` that will be found under `repo_id`."""
+    """The card of a model of `config` that will be found under `repo_id`; `figure` is a file beside it."""
     metadata, model = metadata or Metadata(), skeleton(config)
     data = asdict(metadata)
     data["tags"] = ["memory-caching", config.memory, *metadata.tags]
@@ -129,6 +130,7 @@ def render(
         summary=_summary(config),
         usage=_usage(repo_id, auto_class, has_tokenizer),
         architecture=_markdown([(f"`{k}`", v) for k, v in fields.items()], ("field", "value")),
+        figure=figure,
         lengths=_markdown(sizes, ("tokens", "this model's cache", "keys and values")),
         evaluation=_evaluation(results),
         segment_size=config.segment_size,

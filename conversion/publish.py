@@ -9,6 +9,7 @@ from huggingface_hub import CommitInfo, HfApi
 
 from .bundle import bundle
 from .card import Metadata, Result
+from .figure import FIGURE
 
 
 CARD = "README.md"
@@ -55,7 +56,7 @@ def upload(
         revision=revision,
         create_pr=create_pr,
         delete_patterns=REPLACED,
-        ignore_patterns=[CARD] if keep_card else None,
+        ignore_patterns=[CARD, FIGURE] if keep_card else None,
         commit_message=commit_message,
         commit_description=commit_description,
     )

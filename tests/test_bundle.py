@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 
 import mc_transformers as mc
 from helpers import MEMORY_NAMES, build, small_config, tokens
-from mc_transformers.conversion import bundle, card, cli, flat
+from mc_transformers.conversion import bundle, card, cli, figure, flat, info
 from text_data import byte_tokenizer
 
 
@@ -210,6 +211,31 @@ def test_card_says_what_the_config_says(bundled):
     assert "No result is recorded" in loaded.text
     usage = loaded.text.split("```python")[1].split("```")[0].strip().splitlines()
     assert len(usage) == 5 and all("trust_remote_code=True" in line for line in usage[1:3])
+
+
+def links(folder) -> list[str]:
+    """Files that the card of a bundle links to."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+
+
+def test_card_shows_the_memory_against_length(bundled):
+    assert links(bundled) == ["memory.png"]
+    content = (bundled / "memory.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 100_000
+    config = mc.MCConfig.from_pretrained(bundled)
+    ours, theirs = figure.curves(config).values()
+    assert ours[1::4] == [info.cache_bytes(config, length) for length in (4096, 1048576)]
+    assert theirs[0] == info.key_value_bytes(config, 1024)
+    assert figure.draw_memory(config, bundled) == "memory.png"
+    assert (bundled / "memory.png").read_bytes() == content  # so that nothing new is uploaded
+
+
+def test_card_without_matplotlib_has_no_broken_link(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    out = bundle.bundle(str(checkpoint), tmp_path / "out", verify=False)
+    assert links(out) == [] and not list(out.glob("*.png"))
+    assert "| 1M |" in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_results_come_from_json_and_nowhere_else(tmp_path, capsys, checkpoint):
