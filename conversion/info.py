@@ -2,14 +2,16 @@
 """What `mc-transformers env` and `mc-transformers info` print."""
 
 import platform
+import re
 from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from .. import MCCache, MCConfig, MCForCausalLM
 from ..configuration_mc import LAYER_TYPE
+from ..kernels.common import OPS, choose_backend
+from ..kernels.delta_write import fla_rule
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "triton", "peft", "accelerate")
@@ -65,18 +67,31 @@ def devices() -> list[str]:
     return names
 
 
-def backends() -> dict[str, tuple[str, str]]:
-    """The backend that every op takes on this machine, and why."""
-    folder = Path(__file__).parents[1] / "kernels"
-    ops = sorted(path.stem for path in folder.glob("*.py") if hasattr(torch.ops.mc_transformers, path.stem))
-    return dict.fromkeys(ops, ("torch", "this version has no other backend"))
+def backend_of(op: str, device: str) -> tuple[str, str]:
+    """The backend that `mc_backend="auto"` takes for an op on a device, and why."""
+    if op == "delta_write" and device == "cuda" and fla_rule() is not None:
+        return "fla", "kernels of the package `fla` for half precision; torch for other dtypes"
+    x, width = torch.empty(0, device=device), 64
+    chosen = choose_backend("auto", op, x, width)
+    if OPS[op] is None:
+        return chosen, "it has no Triton kernels"
+    try:
+        choose_backend("triton", op, x, width)
+    except ValueError as error:
+        return chosen, re.sub(r".*is not possible for `\w+`: (.*); allowed here.*", r"\1", str(error))
+    return chosen, f"mc_backend='auto' takes {chosen}; its Triton kernels can be asked for by mc_backend='triton'"
+
+
+def backends() -> list[tuple[str, str, str, str]]:
+    """Op, kind of device, backend and why, for every registered op and what torch sees here."""
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [(op, kind, *backend_of(op, kind)) for op in sorted(OPS) for kind in kinds]
 
 
 def environment() -> str:
     """The report of `mc-transformers env`."""
     rows = [*versions().items(), *(("device", name) for name in devices())]
-    ops = [(name, backend, why) for name, (backend, why) in backends().items()]
-    return f"{table(rows)}\n\n{table(ops, ('op', 'backend', 'why'))}"
+    return f"{table(rows)}\n\n{table(backends(), ('op', 'device', 'backend', 'why'))}"
 
 
 # --------------------------------------------------------------------------------------------------------------- info

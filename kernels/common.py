@@ -22,6 +22,7 @@ NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".kernels.common"))
 BESIDE = __name__.removesuffix("common")  # in front of the names of the modules beside this one
 WIDEST = 256  # head width up to which the Triton kernels are written
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+OPS: dict[str, str | None] = {}  # every op that is registered, and the module of its Triton kernels
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -138,6 +139,7 @@ def register_op(
         triton: the module of kernels/ whose `forward` and `backward` do the same on Triton. The op then has one more
             argument, "torch" or "triton" (see `choose_backend`).
     """
+    OPS[name] = triton
     op = _custom_op(name, forward, fake, triton, "forward")
     if backward is None:
         return op

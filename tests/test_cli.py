@@ -3,9 +3,11 @@
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from helpers import build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig
 from mc_transformers.conversion import cli, evaluate, info
+from mc_transformers.kernels import common
 from text_data import byte_tokenizer
 
 
@@ -43,6 +46,24 @@ def test_env_names_versions_and_ops(capsys):
     assert code == 0
     for line in (f"torch            {torch.__version__}", "transformers", "triton", "segment_read", "linear_write"):
         assert line in out
+
+
+def test_env_names_the_backend_of_every_op_and_why(capsys, monkeypatch):
+    def lines() -> dict[str, str]:
+        return {line.split()[0]: line for line in run(capsys, "env")[1].splitlines() if line}
+
+    kernels = list((Path(common.__file__).parent).glob("*.py"))
+    registered = re.findall(r"register_op\(\s*\"(\w+)\"", "".join(path.read_text() for path in kernels))
+    assert set(common.OPS) == set(registered) and len(registered) > 8
+    monkeypatch.setattr(common, "HAS_TRITON", False)
+    for op, module in common.OPS.items():
+        why = "it has no Triton kernels" if module is None else "`triton` is not installed"
+        assert lines()[op].split()[1:3] == ["cpu", "torch"] and why in lines()[op]
+    monkeypatch.setattr(common, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "mc_backend='triton'" in lines()["linear_write"]
+    monkeypatch.setattr(info, "choose_backend", lambda requested, op, x, width: "triton")
+    assert lines()["linear_write"].split()[1:3] == ["cpu", "triton"]
 
 
 @pytest.mark.parametrize("fields", family(state_init=["independent"], aggregation=["none", "grm"]), ids=name_of)
