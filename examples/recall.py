@@ -7,70 +7,28 @@ JSON and PNG:
     python examples/recall.py --memory linear --aggregation grm --pairs 32 --steps 1500
 """
 
-import dataclasses
-import json
 import os
-import platform
 import shlex
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import transformers
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, get_scheduler, set_seed
-
-from mc_transformers import MCConfig, MCForCausalLM
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
+from experiment import ExperimentConfig, OutputConfig, build_model, option, query_logits, save_json, train
+from transformers import HfArgumentParser, PreTrainedModel
 
 
 @dataclass
-class RecallConfig:
-    """One run of the task: the model, the data and the training. Every field is a command-line option."""
+class RecallConfig(ExperimentConfig):
+    """One run of the task. Every field is a command-line option."""
 
-    memory: str = _option("linear", "write rule of the memory")
-    aggregation: str = _option("grm", "read rule; 'none' is the recurrent model without caching")
-    segment_size: int = _option(16, "tokens per segment")
-    k: int = _option(2, "past segments that 'ssc' reads per token")
-    state_init: str = _option("independent", "'independent' or 'checkpoint'")
-    layer_types: list[str] = field(
-        default_factory=lambda: ["memory_caching"],
-        metadata={"help": "type of each layer, or one for all: memory_caching, full_attention, sliding_attention"},
-    )
-    layers: int = _option(2, "number of layers")
-    width: int = _option(32, "hidden size")
-    heads: int = _option(1, "heads per layer")
-    mlp_width: int = _option(0, "hidden size of the MLP, 0 for none as in the published setting")
-    output_gate: bool = _option(False, "gate the mixer's output; learning starts later with it")
-    conv_kernel_size: int = _option(4, "width of the short convolution on queries, keys and values, 0 for none")
-    options: str = _option("{}", "other fields of MCConfig as JSON")
-    init_std: float = _option(0.1, "standard deviation of initial weights; the usual 0.02 is meant for wide models")
-
-    seq_len: int = _option(256, "tokens per sequence, T")
-    pairs: int = _option(32, "key-value pairs per sequence, D")
-    vocab: int = _option(512, "vocabulary: keys come from its lower, values from its upper half")
-    power_a: float = _option(0.01, "exponent of the gaps between pairs and queries: slot i has weight i^(a-1)")
-    random_non_queries: bool = _option(True, "fill the positions between queries with random tokens instead of zeros")
-
-    steps: int = _option(1500, "training steps")
-    batch: int = _option(32, "sequences per step")
-    lr: float = _option(5e-3, "peak learning rate of AdamW")
-    schedule: str = _option("constant_with_warmup", "learning rate schedule, a name of Transformers")
-    warmup: int = _option(100, "steps of linear warm-up")
-    weight_decay: float = _option(0.01, "weight decay of matrices")
-    clip: float = _option(1.0, "largest norm of the gradient")
-    seed: int = _option(0, "seed of weights and training data")
-    test_size: int = _option(512, "sequences in the test set")
-    test_seed: int = _option(1_000_003, "seed of the test set, the same for every run")
-    eval_every: int = _option(100, "steps between evaluations")
-    device: str = _option("cpu", "torch device")
-    threads: int | None = _option(None, "CPU threads, torch's choice if not given")
+    seq_len: int = option(256, "tokens per sequence, T")
+    pairs: int = option(32, "key-value pairs per sequence, D")
+    vocab: int = option(512, "vocabulary: keys come from its lower, values from its upper half")
+    power_a: float = option(0.01, "exponent of the gaps between pairs and queries: slot i has weight i^(a-1)")
+    random_non_queries: bool = option(True, "fill the positions between queries with random tokens instead of zeros")
+    test_size: int = option(512, "sequences in the test set")
+    test_seed: int = option(1_000_003, "seed of the test set, the same for every run")
 
 
 def mqar_batch(
@@ -126,108 +84,31 @@ def mqar_batch(
     return input_ids, labels
 
 
-def build_model(config: RecallConfig) -> PreTrainedModel:
-    """The model of a run, freshly initialised."""
-    types = config.layer_types * config.layers if len(config.layer_types) == 1 else config.layer_types
-    return MCForCausalLM(
-        MCConfig(
-            vocab_size=config.vocab,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            head_dim=config.width // config.heads,
-            max_position_embeddings=config.seq_len,
-            layer_types=types,
-            memory=config.memory,
-            aggregation=config.aggregation,
-            segment_size=config.segment_size,
-            num_selected_segments=config.k,
-            state_init=config.state_init,
-            conv_kernel_size=config.conv_kernel_size,
-            use_output_gate=config.output_gate,
-            initializer_range=config.init_std,
-            tie_word_embeddings=False,
-            use_cache=False,
-            **json.loads(config.options),
-        )
-    )
-
-
-def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits at the queries only, [B·D, vocab]: the other positions have no label, and a large vocabulary is dear."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[labels != -100])
-
-
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, batch_size: int = 64) -> float:
     """Share of all queries answered with their value."""
-    model.eval()
     correct = 0
     for ids, targets in zip(input_ids.split(batch_size), labels.split(batch_size), strict=True):
         correct += (query_logits(model, ids, targets).argmax(-1) == targets[targets != -100]).sum().item()
-    model.train()
     return correct / (labels != -100).sum().item()
 
 
 def train_recall(config: RecallConfig, progress: bool = True) -> dict:
-    """Trains one model; returns a record for JSON: configuration, accuracy curve and final value, time, versions."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_seed(config.seed)
-    device = torch.device(config.device)
+    """Trains one model; returns the record of `experiment.train` with the final accuracy."""
     data = (config.seq_len, config.pairs, config.vocab)
     style = {"power_a": config.power_a, "random_non_queries": config.random_non_queries}
-    test_generator = torch.Generator().manual_seed(config.test_seed)
-    test = [x.to(device) for x in mqar_batch(config.test_size, *data, **style, generator=test_generator)]
-
-    model = build_model(config).to(device).train()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.lr,
+    test = mqar_batch(config.test_size, *data, **style, generator=torch.Generator().manual_seed(config.test_seed))
+    test = [x.to(config.device) for x in test]
+    generator = torch.Generator().manual_seed(config.seed)
+    model = build_model(config, config.vocab, config.seq_len)
+    record = train(
+        config,
+        model,
+        draw=lambda: mqar_batch(config.batch, *data, **style, generator=generator),
+        evaluate=lambda: {"accuracy": accuracy(model, *test)},
+        progress=progress,
     )
-    scheduler = get_scheduler(config.schedule, optimizer, config.warmup, config.steps)
-
-    train_generator = torch.Generator().manual_seed(config.seed)
-    curve, start, mean_loss = [], time.perf_counter(), 0.0
-    bar = tqdm(range(1, config.steps + 1), desc=f"{config.memory}/{config.aggregation}", disable=not progress)
-    for step in bar:
-        input_ids, labels = (x.to(device) for x in mqar_batch(config.batch, *data, **style, generator=train_generator))
-        loss = F.cross_entropy(query_logits(model, input_ids, labels).float(), labels[labels != -100])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        scheduler.step()
-        mean_loss += loss.detach() / config.eval_every  # stays on the device: no wait for it at every step
-        if step % config.eval_every == 0 or step == config.steps:
-            curve.append({"step": step, "train_loss": float(mean_loss), "accuracy": accuracy(model, *test)})
-            bar.set_postfix(loss=f"{float(mean_loss):.3f}", accuracy=f"{curve[-1]['accuracy']:.3f}")
-            mean_loss = 0.0
-    return {
-        "task": "mqar",
-        "config": dataclasses.asdict(config),
-        "accuracy": curve[-1]["accuracy"],
-        "curve": curve,
-        "seconds": round(time.perf_counter() - start, 1),
-        "parameters": model.num_parameters(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def save_json(record: dict, path: Path) -> None:
-    """Writes under another name first: a file of the final name is always whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    return {"task": "mqar", "accuracy": record["curve"][-1]["accuracy"]} | record
 
 
 def save_plot(record: dict, path: Path) -> bool:
@@ -251,13 +132,6 @@ def save_plot(record: dict, path: Path) -> bool:
     pyplot.close(figure)
     os.replace(partial, path)
     return True
-
-
-@dataclass
-class OutputConfig:
-    """Where the results of a run go."""
-
-    output: str = _option("outputs/recall/run", "path of the results without extension: .json and .png are added")
 
 
 def main() -> None:

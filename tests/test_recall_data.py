@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from experiment import build_model, query_logits, save_json
 
-from recall import RecallConfig, build_model, mqar_batch, query_logits, save_json, save_plot, train_recall
+from recall import RecallConfig, mqar_batch, save_plot, train_recall
 
 
 def batch(seed: int = 0, **options):
@@ -101,7 +102,7 @@ SMALL = RecallConfig(
 
 
 def test_queries_are_scored_at_their_own_position():
-    model = build_model(SMALL).eval()
+    model = build_model(SMALL, 32, 32).eval()
     ids, labels = mqar_batch(3, 32, 4, 32)
     with torch.no_grad():
         everywhere = model(input_ids=ids, use_cache=False).logits

@@ -1,0 +1,165 @@
+# Copyright 2026 the mc-transformers authors.
+"""Run a study: many small trainings, one after the other, into one JSONL file.
+
+    python benchmarks/study.py mqar                                  # everything that has not run yet
+    python benchmarks/study.py mqar --cells linear --seeds 0 1 2     # a part of it
+    python benchmarks/study.py mqar --list                           # what has run, what has not
+
+A run that is in the file already is not repeated, so an interrupted study goes on where it stopped, and several
+processes may work on different cells of one study. A run that fails is recorded with its error.
+`python benchmarks/report.py` makes tables and figures of the files.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(ROOT / "examples"))
+from recall import RecallConfig, train_recall  # noqa: E402
+
+
+TASKS: dict[str, tuple[type, Callable[..., dict]]] = {"recall": (RecallConfig, train_recall)}
+MEMORIES = ("linear", "retention", "gated_linear", "swla", "gated_delta", "dla", "titans", "lstm", "gru")
+LOGARITHMIC = {"aggregation": "grm", "options": '{"segmentation": "logarithmic"}'}
+
+
+@dataclasses.dataclass
+class Cell:
+    """One row of a table: a name, a task and what it changes in the task's configuration, and its learning rates."""
+
+    name: str
+    task: str
+    settings: dict
+    rates: tuple[float, ...]
+    seeds: int = 3
+
+    def runs(self, seeds: list[int] | None) -> Iterator[dict]:
+        """Settings of every run."""
+        for seed in range(self.seeds) if seeds is None else seeds:
+            for rate in self.rates:
+                yield self.settings | {"lr": rate, "seed": seed}
+
+
+def reads(memory: str) -> dict[str, dict]:
+    """Every read rule that makes a difference for this memory; `soup` is `grm` unless a memory has two layers."""
+    names = ("none", "residual", "grm", *(["soup"] if memory in ("dla", "titans") else []), "ssc")
+    return {name: {"aggregation": name} for name in names} | {"log-linear++": LOGARITHMIC}
+
+
+def mqar() -> list[Cell]:
+    """Recall of 16 pairs from 128 tokens by two layers with one head of width 16."""
+    small = {"seq_len": 128, "pairs": 16, "vocab": 256, "width": 16, "steps": 800, "eval_every": 200, "test_size": 256}
+    cells = [
+        Cell(f"linear {name}", "recall", small | {"memory": "linear"} | read, (1e-2, 2e-2))
+        for name, read in reads("linear").items()
+    ]
+    cells.append(Cell("attention", "recall", small | {"layer_types": ["full_attention"]}, (1e-2, 2e-2)))
+    for memory in MEMORIES[1:]:
+        cells += [
+            Cell(f"{memory} {name}", "recall", small | {"memory": memory} | read, (1e-2,))
+            for name, read in reads(memory).items()
+        ]
+    return cells
+
+
+STUDIES: dict[str, Callable[[], list[Cell]]] = {"mqar": mqar}
+
+
+# ------------------------------------------------------------------------------------------------------ running
+def commit() -> str:
+    """Of the code that runs; "+changes" if a file that matters differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    code = ("kernels", "modeling_mc", "configuration_mc.py", "examples")
+    return head + "+changes" * subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
+
+
+def key(cell: str, settings: dict) -> str:
+    return json.dumps([cell, settings], sort_keys=True)
+
+
+def finished(path: Path) -> set[str]:
+    """Keys of the runs in a file; a last line that was cut off by an interruption does not count."""
+    keys = set()
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        keys.add(key(record["cell"], record["settings"]))
+    return keys
+
+
+def append(path: Path, record: dict) -> None:
+    """One line in one write, so that processes that share a file do not mix their lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+    line = ("\n" if cut_off else "") + json.dumps(record) + "\n"
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+        os.fsync(file.fileno())
+
+
+def run(study: str, cell: Cell, settings: dict, progress: bool) -> dict:
+    """Trains once; the record says what ran, where, and how it ended."""
+    config_type, train = TASKS[cell.task]
+    record = {
+        "study": study, "cell": cell.name, "task": cell.task, "settings": settings, "commit": commit(),
+        "command": f"python benchmarks/study.py {study} --cells '{cell.name}' --seeds {settings['seed']}",
+        "machine": f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }  # fmt: skip
+    try:
+        return record | train(config_type(**settings), progress=progress)
+    except (RuntimeError, ValueError) as error:
+        return record | {"error": f"{type(error).__name__}: {error}"}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--cells", nargs="+", default=[""], help="only cells whose name has one of these parts")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of those of the study")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after this time")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/STUDY.jsonl")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    path = options.output or RESULTS / f"{options.study}.jsonl"
+    cells = [cell for cell in STUDIES[options.study]() if any(part in cell.name for part in options.cells)]
+    # seed by seed: a study that is interrupted has the first seed of every cell
+    plan = [(cell, settings) for cell in cells for settings in cell.runs(options.seeds)]
+    plan.sort(key=lambda pair: pair[1]["seed"])
+    done = finished(path)
+    todo = [(cell, settings) for cell, settings in plan if key(cell.name, settings) not in done]
+    print(f"{options.study}: {len(plan) - len(todo)} of {len(plan)} runs are in {path}")
+    if options.list:
+        for cell, settings in todo:
+            print(f"missing: {cell.name}, seed {settings['seed']}, lr {settings['lr']}")
+        return
+    end = time.monotonic() + 60 * options.minutes
+    for cell, settings in (bar := tqdm(todo)):
+        if time.monotonic() > end:
+            break
+        bar.set_description(f"{cell.name}, seed {settings['seed']}")
+        append(path, run(options.study, cell, settings, progress=sys.stderr.isatty()))
+
+
+if __name__ == "__main__":
+    main()
