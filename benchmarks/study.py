@@ -27,10 +27,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT / "examples"))
+from language import LanguageConfig, train_language  # noqa: E402
+from needle import NeedleConfig, train_needle  # noqa: E402
 from recall import RecallConfig, train_recall  # noqa: E402
 
 
-TASKS: dict[str, tuple[type, Callable[..., dict]]] = {"recall": (RecallConfig, train_recall)}
+TASKS: dict[str, tuple[type, Callable[..., dict]]] = {
+    "recall": (RecallConfig, train_recall),
+    "needle": (NeedleConfig, train_needle),
+    "language": (LanguageConfig, train_language),
+}
 MEMORIES = ("linear", "retention", "gated_linear", "swla", "gated_delta", "dla", "titans", "lstm", "gru")
 LOGARITHMIC = {"aggregation": "grm", "options": '{"segmentation": "logarithmic"}'}
 
@@ -58,23 +64,74 @@ def reads(memory: str) -> dict[str, dict]:
     return {name: {"aggregation": name} for name in names} | {"log-linear++": LOGARITHMIC}
 
 
+RECALL = {"seq_len": 128, "pairs": 16, "vocab": 256, "width": 16, "steps": 800, "eval_every": 200, "test_size": 256}
+
+
 def mqar() -> list[Cell]:
     """Recall of 16 pairs from 128 tokens by two layers with one head of width 16."""
-    small = {"seq_len": 128, "pairs": 16, "vocab": 256, "width": 16, "steps": 800, "eval_every": 200, "test_size": 256}
     cells = [
-        Cell(f"linear {name}", "recall", small | {"memory": "linear"} | read, (1e-2, 2e-2))
+        Cell(f"linear {name}", "recall", RECALL | {"memory": "linear"} | read, (1e-2, 2e-2))
         for name, read in reads("linear").items()
     ]
-    cells.append(Cell("attention", "recall", small | {"layer_types": ["full_attention"]}, (1e-2, 2e-2)))
+    cells.append(Cell("attention", "recall", RECALL | {"layer_types": ["full_attention"]}, (1e-2, 2e-2)))
     for memory in MEMORIES[1:]:
         cells += [
-            Cell(f"{memory} {name}", "recall", small | {"memory": memory} | read, (1e-2,))
+            Cell(f"{memory} {name}", "recall", RECALL | {"memory": memory} | read, (1e-2,), seeds=1)
             for name, read in reads(memory).items()
         ]
     return cells
 
 
-STUDIES: dict[str, Callable[[], list[Cell]]] = {"mqar": mqar}
+def ablations() -> list[Cell]:
+    """One thing changed at a time in the GRM and SSC of a linear memory, on the task of `mqar`."""
+    changes = {
+        "as it is": {},
+        "u is q": {"options": {"gate_source": "query"}},
+        "sigmoid gates": {"options": {"gate_function": "sigmoid"}},
+        "summary of hidden states": {"options": {"segment_summary": "hidden"}},
+        "4 summaries per segment": {"options": {"summaries_per_segment": 4}},
+        "checkpoint": {"state_init": "checkpoint"},
+        "segments of 8": {"segment_size": 8},
+        "segments of 32": {"segment_size": 32},
+    }
+    only_ssc = {"k = 1": {"k": 1}, "k = 4": {"k": 4}, "one route": {"options": {"route_sharing": "model"}}}
+    cells = []
+    for read, own in (("grm", {}), ("ssc", only_ssc)):
+        for name, change in (changes | own).items():
+            change = {key: json.dumps(value) if key == "options" else value for key, value in change.items()}
+            cells.append(Cell(f"{read}, {name}", "recall", RECALL | {"aggregation": read} | change, (1e-2,)))
+    return cells
+
+
+def needle() -> list[Cell]:
+    """S-NIAH 1 to 3 in small form, trained at 128 tokens, read up to 1024."""
+    cells = []
+    for kind in (2, 1, 3):
+        for name in ("none", "grm", "ssc"):
+            also = {"also": ["mean"]} if name == "none" else {}
+            cells.append(Cell(f"{name}, {kind}", "needle", {"kind": kind, "aggregation": name} | also, (1e-2,)))
+        cells.append(Cell(f"attention, {kind}", "needle", {"kind": kind, "layer_types": ["full_attention"]}, (1e-2,)))
+    return cells
+
+
+def language() -> list[Cell]:
+    """Byte-level models of source code with about as many parameters each: the MLP makes up for what is missing."""
+    plain, hybrid = {"mlp_width": 149}, {"layer_types": ["sliding_attention", "memory_caching"], "mlp_width": 152}
+    settings = {
+        "none": {"aggregation": "none", "also": ["mean"]} | plain,
+        "residual": {"aggregation": "residual"} | plain,
+        "grm": {"aggregation": "grm"},
+        "ssc": {"aggregation": "ssc"},
+        "log-linear++": LOGARITHMIC,
+        "attention": {"layer_types": ["full_attention"], "mlp_width": 175},
+        "window attention + grm": hybrid | {"options": '{"sliding_window": 64}'},
+    }
+    return [Cell(name, "language", change, (4e-3,)) for name, change in settings.items()]
+
+
+STUDIES: dict[str, Callable[[], list[Cell]]] = {
+    "mqar": mqar, "ablations": ablations, "needle": needle, "language": language,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ running

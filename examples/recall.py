@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from experiment import ExperimentConfig, OutputConfig, build_model, option, query_logits, save_json, train
 from transformers import HfArgumentParser, PreTrainedModel
+
+from experiment import ExperimentConfig, OutputConfig, build_model, option, query_logits, save_json, train
 
 
 @dataclass

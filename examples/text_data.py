@@ -1,12 +1,15 @@
 """Text that every Python installation carries, and a byte-level tokenizer for it.
 
-Two corpora: the language reference that `help()` shows (`pydoc_data.topics`, about 460 kB of English), and the source
-code of some modules of the standard library, which looks different enough to be worth an adapter.
+Three corpora: the language reference that `help()` shows (`pydoc_data.topics`, about 460 kB of English), the source
+code of some modules of the standard library, which looks different enough to be worth an adapter, and the source of
+all of its top-level modules (several MB): long documents, in which names and idioms come back.
 """
 
 import importlib
 import inspect
+import sysconfig
 import zlib
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -67,6 +70,27 @@ def source_texts() -> tuple[list[str], list[str]]:
         for names in (SOURCE_TRAIN, SOURCE_HELD_OUT)
     )
     return train, held_out
+
+
+def library_texts(least: int) -> tuple[list[bytes], list[bytes]]:
+    """Source of every top-level module of the standard library as (training documents, held-out documents).
+
+    A checksum of the name decides, about one module in six is held out; held-out documents shorter than `least` bytes
+    are left out. The text depends on the version of Python.
+    """
+    train, held_out = [], []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_bytes()
+        if zlib.crc32(path.stem.encode()) % 6 != 0:
+            train.append(text)
+        elif len(text) >= least:
+            held_out.append(text)
+    return train, held_out
+
+
+def byte_ids(text: bytes) -> torch.Tensor:
+    """int64 [bytes]: the ids that `byte_tokenizer` gives to the text."""
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long() + NUM_SPECIAL
 
 
 def _words(paragraph: str) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from experiment import build_model, query_logits, save_json
 
+from experiment import build_model, query_logits, save_json
 from recall import RecallConfig, mqar_batch, save_plot, train_recall
 
 
