@@ -218,6 +218,7 @@ class MCConfig(PreTrainedConfig):
     allow_negative_eigenvalues: bool = False
     conv_kernel_size: int = 4
     conv_bias: bool = False
+    qkv_bias: bool = False
     qk_norm: bool = True
     qk_norm_eps: float | None = None
     gate_form: str = "sigmoid"

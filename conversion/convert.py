@@ -35,7 +35,7 @@ class Source:
     """A kind of checkpoint that can be converted.
 
     Attributes:
-        name: for `--from`. model_types: what its config.json says.
+        name: for `--from`, as `aliases` are. model_types: what its config.json says.
         make_config: config.json as a dictionary to the fields of an MCConfig; raises ValueError for what is missing.
         rules: (pattern of a whole name, target names with groups, split), the first that matches counts; the names
             may be a function of the match and the source's config; none = the weight is not needed.
@@ -54,6 +54,7 @@ class Source:
     merges: tuple[tuple[str, tuple[str, ...]], ...] = ()
     fresh: bool = False
     names: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
     def targets(self, name: str, found: dict) -> tuple[list[str], Split]:
         """Target names of a source tensor.
@@ -145,7 +146,7 @@ def find_source(found: dict, name: str | None = None) -> Source:
     if name is not None and name not in known:
         raise ValueError(f"--from {name} is not known, allowed: {', '.join(known)}")
     for source in known.values():
-        if found.get("model_type") in source.model_types and name in (None, source.name):
+        if found.get("model_type") in source.model_types and name in (None, source.name, *source.aliases):
             return source
     supported = "; ".join(f"{source.name}: {', '.join(source.model_types)}" for source in known.values())
     wanted = f" with --from {name}" if name else ""

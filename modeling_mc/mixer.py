@@ -82,9 +82,9 @@ class MCMixer(nn.Module):
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, self.memory, self.carry)
         width, keys, values = config.hidden_size, self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(width, keys, bias=False)
-        self.k_proj = nn.Linear(width, keys, bias=False)
-        self.v_proj = nn.Linear(width, values, bias=False)
+        self.q_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, values, bias=config.qkv_bias)
         if self.aggregation.uses_gates and config.gate_source == "projection":
             self.u_proj = nn.Linear(width, self.num_heads * config.summary_dim, bias=False)
         for name in self.memory.gate_names:

@@ -19,6 +19,7 @@ KINDS = {
         "memory": "gated_delta", "num_memory_heads": 4, "num_key_heads": 2, "key_head_dim": 6, "value_head_dim": 10,
         "qk_norm_eps": 1e-6, "output_norm_eps": 1e-5,
     },
+    "biases": {"memory": "gated_delta", "qkv_bias": True},
     "no norm": {"memory": "linear", "output_norm": "none", "use_output_gate": False},
     "norms behind": HYBRID | {"attention": "olmo_hybrid", "attention_norm": "post", "rope": "none"},
     "gated attention": HYBRID | {"attention": "qwen3_next", "rope_parameters": PARTIAL},
@@ -56,7 +57,7 @@ def test_pieces_padding_and_decoding(kind, aggregation):
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("kind", ["step gates", "rotary keys", "own heads", "no norm"])
+@pytest.mark.parametrize("kind", ["step gates", "rotary keys", "own heads", "biases", "no norm"])
 @torch.no_grad()
 def test_packed_documents_stay_apart(kind):
     model, ids = model_of(kind, "grm"), tokens(1, 30)

@@ -1,10 +1,17 @@
-"""Llama and Qwen3 of Transformers: the same model with all attention layers, a trainable one with memory layers."""
+"""Llama, Qwen2 and Qwen3 of Transformers: the same model with all attention, a trainable one with memory layers."""
 
 import pytest
 import torch
 from conversion_sources import IDS, SIZES, TOKENS, make_source, train
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mc_transformers import MCForCausalLM
 from mc_transformers.conversion import cli
@@ -19,6 +26,7 @@ KINDS = {
     "llama": (LlamaForCausalLM, LlamaConfig, SMALL),
     "llama biased": (LlamaForCausalLM, LlamaConfig, SMALL | {"attention_bias": True, "mlp_bias": True}),
     "llama scaled": (LlamaForCausalLM, LlamaConfig, SMALL | {"rope_parameters": SCALED, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {k: v for k, v in SMALL.items() if k != "head_dim"}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, SMALL),
 }
 
@@ -43,7 +51,7 @@ def test_all_attention_is_the_source(tmp_path, make, kind):
 
 
 @pytest.mark.parametrize("memory", ["gated_linear", "gated_delta", "swla"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory):
     theirs = make(kind)
     fields = {"memory": memory, "aggregation": "grm", "segment_size": 8}
@@ -56,15 +64,24 @@ def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory):
         assert (a[2] - b[2]).abs().max() > 1e-3
     mixer, attention = ours.model.layers[1].mixer, theirs.model.layers[1].self_attn
     for name in ("q_proj", "o_proj"):
-        assert torch.equal(getattr(mixer, name).weight, getattr(attention, name).weight)
+        for new, old in zip(getattr(mixer, name).parameters(), getattr(attention, name).parameters(), strict=True):
+            assert torch.equal(new, old)
     for name in ("k_proj", "v_proj"):  # heads 0 and 1 share the first
-        kept = getattr(attention, name).weight.unflatten(0, (2, 8))
-        assert torch.equal(getattr(mixer, name).weight.unflatten(0, (4, 8)), kept[[0, 0, 1, 1]])
+        for new, old in zip(getattr(mixer, name).parameters(), getattr(attention, name).parameters(), strict=True):
+            assert torch.equal(new.unflatten(0, (4, -1)), old.unflatten(0, (2, -1))[[0, 0, 1, 1]])
     fresh = MCForCausalLM(ours.config).model.layers[1].mixer
     assert torch.equal(mixer.a_bias.bias, fresh.a_bias.bias) and mixer.u_proj.weight.abs().max() == 0
     assert not torch.equal(mixer.a_proj.weight, ours.model.layers[3].mixer.a_proj.weight)
     losses = train(ours)
     assert losses[-1] < losses[0]
+
+
+def test_both_names_of_qwen_are_understood(tmp_path, make):
+    make("qwen2")
+    for name in ("qwen", "llama"):
+        convert(tmp_path / "source", tmp_path / name, source=name, layers=[0])
+    with pytest.raises(ValueError, match="found model_type='qwen2'.*--from mamba2"):
+        convert(tmp_path / "source", tmp_path / "ours", source="mamba2")
 
 
 def test_command_line(tmp_path, make, capsys):
@@ -81,6 +98,7 @@ def test_command_line(tmp_path, make, capsys):
     [
         ("llama biased", {}, [0], "attention_bias"), ("llama", {}, [4], "layers=\\[4\\].*0 to 3"),
         ("llama", {"hidden_act": "gelu"}, None, "hidden_act"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None, "sliding_att"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None, "sliding_att"),
     ],
 )  # fmt: skip
