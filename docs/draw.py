@@ -1,4 +1,4 @@
-"""Draws docs/images/overview.png, the picture of README.md: the way of a token, and memory against length.
+"""Draws the pictures of README.md and docs/ into docs/images. Curves are formulas; nothing in them is measured.
 
 Run: python docs/draw.py
 """
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 
-OUTPUT = Path(__file__).parent / "images" / "overview.png"
+FOLDER = Path(__file__).parent / "images"
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9822b", "#3f9c5a", "#666666"
 HEAD_DIM, HEADS, SEGMENT = 128, 12, 512  # of the curves
 
@@ -73,13 +73,92 @@ def curves(axes: Axes) -> None:
               transform=axes.transAxes, ha="right", fontsize=7.5, color=GREY)  # fmt: skip
 
 
-def main() -> None:
+def overview() -> plt.Figure:
+    """The way of a token, and memory against length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.25, 1))
     flow(left)
     curves(right)
-    figure.tight_layout()
-    OUTPUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUTPUT, dpi=110)
+    return figure
+
+
+def fenwick(finished: int) -> list[tuple[int, int]]:
+    """(first segment, length) of the memories that stand for `finished` segments in logarithmic segmentation."""
+    found, first = [], 0
+    for level in reversed(range(finished.bit_length())):
+        if finished >> level & 1:
+            found.append((first, 1 << level))
+            first += 1 << level
+    return found
+
+
+def reads() -> plt.Figure:
+    """Which memories a token reads, by the segment that it stands in."""
+    segments, chosen = 12, {1: (0,), 2: (0, 1), 3: (0, 2), 4: (1, 3), 5: (1, 2), 6: (0, 5), 7: (2, 6), 8: (1, 7),
+                            9: (4, 6), 10: (0, 8), 11: (3, 9)}  # fmt: skip
+    kept = {
+        "none": lambda now: [],
+        "grm, residual, soup, mean": lambda now: [(i, 1, BLUE) for i in range(now)],
+        "ssc, k = 2": lambda now: [(i, 1, BLUE if i in chosen.get(now, ()) else "#d5dde6") for i in range(now)],
+        "grm, logarithmic": lambda now: [(*bar, BLUE) for bar in fenwick(now)],
+    }
+    figure, panels = plt.subplots(1, 4, figsize=(11, 3.1), sharey=True)
+    for axes, (title, memories) in zip(panels, kept.items(), strict=True):
+        for now in range(segments):
+            online = (0, now + 1) if title == "none" else (now, 1)
+            for first, length, colour in [*memories(now), (*online, GREEN)]:
+                axes.barh(now, length - 0.14, 0.8, left=first + 0.07, color=colour)
+        axes.set(xlim=(0, segments), xlabel="segment that was written", title=title)
+        axes.set_xticks([0.5, 3.5, 7.5, 11.5], ["1", "4", "8", "12"])
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    panels[0].invert_yaxis()
+    panels[0].set_yticks([0, 3, 7, 11], ["1", "4", "8", "12"])
+    panels[0].set_ylabel("segment of the reading token")
+    names = {GREEN: "online memory", BLUE: "memory of finished segments, read", "#d5dde6": "kept, not read"}
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in names]
+    figure.legend(patches, names.values(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def cost() -> plt.Figure:
+    """Multiply-adds of reading and writing per token and head, by the formulas of docs/choosing.md."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9))
+    lengths = [2**n for n in range(9, 21)]
+    d, own = HEAD_DIM, 2 * HEAD_DIM**2
+    lines = {
+        "attention": ([2 * d * n for n in lengths], GREY, "-"),
+        "dla, grm": ([28 * d * d + 8 * d * d * (n // SEGMENT) for n in lengths], BLUE, ":"),
+        "linear, grm": ([own + d * d * (n // SEGMENT) for n in lengths], BLUE, "-"),
+        "linear, ssc, k = 4": (
+            [own + d * (n // SEGMENT) + d * d * min(4, n // SEGMENT) for n in lengths], ORANGE, "-",
+        ),
+        "linear, none": ([own for _ in lengths], ORANGE, "--"),
+    }  # fmt: skip
+    for label, (values, colour, style) in lines.items():
+        left.loglog(lengths, values, color=colour, ls=style, lw=2, label=label)
+    left.set(xlabel="position of the token", ylabel="multiply-adds per head",
+             title=f"cost of a token, d = {d}, C = {SEGMENT}")  # fmt: skip
+    left.set_xticks([2**10, 2**14, 2**17, 2**20], ["1K", "16K", "128K", "1M"])
+    sizes = [2**n for n in range(4, 12)]
+    for label, products, style in (("linear", 1, "-"), ("dla, titans", 8, ":")):
+        right.loglog(sizes, [products * d / (2 * size) for size in sizes], color=BLUE, ls=style, lw=2, label=label)
+    right.axhline(1, color=GREY, lw=2, label="attention")
+    right.set(xlabel="segment size C", ylabel="cost of reading / attention's", title=f"far into a text, grm, d = {d}")
+    right.set_xticks([16, 64, 256, 1024], ["16", "64", "256", "1024"])
+    for axes in (left, right):
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8.5, frameon=False)
+    return figure
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for draw in (overview, reads, cost):
+        figure = draw()
+        figure.set_layout_engine("tight" if draw is not reads else "constrained")
+        figure.savefig(FOLDER / f"{draw.__name__}.png", dpi=110 if draw is overview else 100)
 
 
 if __name__ == "__main__":

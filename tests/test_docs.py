@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 import mc_transformers as mc
 from mc_transformers.conversion.cli import build_parser
+from mc_transformers.conversion.convert import sources
 
 
 ROOT = Path(__file__).parent.parent
@@ -266,6 +267,11 @@ def test_reference_shows_every_public_name() -> None:
         assert f"mc_transformers.{name}\n" in text or f"`mc_transformers.{name}`" in text, name
     for command in build_parser()._subparsers._group_actions[0].choices:
         assert f"| `{command}` |" in text, command
+
+
+def test_every_kind_of_checkpoint_is_in_the_guide() -> None:
+    text = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {*sources(), "training"}
 
 
 def test_every_field_is_documented_with_its_default() -> None:
