@@ -129,6 +129,7 @@ class MCConfig(PreTrainedConfig):
         conv_kernel_size (`int`, defaults to `4`): width of the causal depthwise convolution (with SiLU) on q, k and v;
             0 = none.
         conv_bias (`bool`, defaults to `False`): bias of this convolution.
+        qkv_bias (`bool`, defaults to `False`): biases in the projections of q, k and v of memory layers.
         qk_norm (`bool`, defaults to `True`): L2 norm of queries and keys.
         qk_norm_eps (`float`, *optional*): divide by sqrt(|x|^2 + eps) instead of |x|.
         gate_form (`str`, defaults to `"sigmoid"`): of "gated_linear": "sigmoid" (a decay per head and token) or "step"
