@@ -328,7 +328,8 @@ class MCConfig(PreTrainedConfig):
             own_gates = self.vector_read == "add" and self.aggregation != "ssc"
             gated = self.aggregation in ("grm", "soup", "ssc") and self.gate_source == "projection" and not own_gates
             optional = ["u"] * gated + ["g"] * self.use_output_gate
-            names += [f"mixer.{name}_proj" for name in ("q", "k", "v", "o", *optional)]
+            asks = self.vector_read == "multiply" or (self.aggregation == "ssc" and self.gate_source == "query")
+            names += [f"mixer.{name}_proj" for name in (*["q"] * asks, "k", "v", "o", *optional)]
         if set(self.layer_types) != {LAYER_TYPE}:
             names += [f"self_attn.{name}_proj" for name in "qkvo"]
         plan = {f"layers.*.{name}": "colwise_gather_output" for name in names}

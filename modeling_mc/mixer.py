@@ -82,7 +82,10 @@ class MCMixer(nn.Module):
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, self.memory, self.carry)
         width, keys, values = config.hidden_size, self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
-        self.q_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        chooses = self.aggregation.uses_gates and config.gate_source == "query"
+        self.projected = "qkv" if self.memory.reads_query or chooses else "kv"
+        if "q" in self.projected:
+            self.q_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(width, values, bias=config.qkv_bias)
         if self.aggregation.uses_gates and config.gate_source == "projection":
@@ -92,7 +95,8 @@ class MCMixer(nn.Module):
             start = partial(init.constant_, val=self.memory.gate_bias.get(name, 0.0))
             self.add_module(f"{name}_bias", Bias((self.num_heads,), start))
         if config.conv_kernel_size:
-            for name, channels in (("q", keys), ("k", keys), ("v", values)):
+            for name in self.projected:
+                channels = values if name == "v" else keys
                 size, bias = config.conv_kernel_size, config.conv_bias
                 conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
                 self.add_module(f"{name}_conv", conv)
@@ -133,8 +137,9 @@ class MCMixer(nn.Module):
         return x if shared == 1 else x.repeat_interleave(shared, -2)
 
     def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
-        q, k, v = (self._convolved(name, x, table, layer) for name in "qkv")
-        q, k, v = self._key_heads(q, table), self._key_heads(k, table), self._heads(v)
+        parts = {name: self._convolved(name, x, table, layer) for name in self.projected}
+        k, v = self._key_heads(parts["k"], table), self._heads(parts["v"])
+        q = self._key_heads(parts["q"], table) if "q" in parts else k.detach()
         u = source = None
         if self.aggregation.uses_gates:
             u = self._heads(self.u_proj(x)) if self.config.gate_source == "projection" else q

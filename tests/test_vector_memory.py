@@ -227,6 +227,7 @@ def test_reads_against_their_equations(aggregation, read):
 ADD = [
     *family(memory=["lstm"], vector_read=["add"]),
     *family(memory=["gru"], vector_read=["add"], aggregation=["grm", "ssc"]),
+    {"memory": "gru", "vector_read": "add", "aggregation": "ssc", "gate_source": "query"},
 ]
 
 
@@ -252,14 +253,18 @@ def test_addition_with_padding_packing_and_pieces(fields):
             assert_close(torch.cat(out, 1), expected, 1e-10)
 
 
-def test_addition_trains_everything_but_the_query():
-    model = build(small_config("lstm", vector_read="add", aggregation="ssc"), dtype=torch.float64)
+@pytest.mark.parametrize("source", ["projection", "query"])
+@pytest.mark.parametrize("aggregation", ["none", "residual", "grm", "ssc"])
+def test_addition_trains_everything_but_the_choice(aggregation, source):
+    """The read has no query, so there is none unless it scores segments; choosing the k best passes no gradient."""
+    fields = {"vector_read": "add", "aggregation": aggregation, "gate_source": source}
+    model = build(small_config("lstm", **fields), dtype=torch.float64)
     logits = model(tokens(2, 3 * SEGMENT + 5), use_cache=False).logits
     names = dict(model.named_parameters())
     gradients = torch.autograd.grad(logits.sin().sum(), names.values(), allow_unused=True)
     without = {name for name, grad in zip(names, gradients, strict=True) if grad is None or grad.abs().max() < 1e-9}
-    # the read has no query, and the choice of the k best passes no gradient
-    assert without == {f"model.layers.0.mixer.{name}.weight" for name in ("q_proj", "q_conv", "u_proj")}
+    scores = ["u_proj"] if source == "projection" else ["q_proj", "q_conv"]
+    assert without == {f"model.layers.0.mixer.{name}.weight" for name in scores if aggregation == "ssc"}
 
 
 def test_the_other_read_refuses_the_cache():

@@ -68,6 +68,7 @@ class Memory(nn.Module):
         gate_bias: start value of each gate's bias.
         own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
             the chosen ones, and reads them with the online answer in the place of the query.
+        reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
         fp32_parameters: names of the memory's own `Bias` modules.
     """
 
@@ -77,6 +78,7 @@ class Memory(nn.Module):
     num_read = 1
     num_maps = 1
     own_gates = False
+    reads_query = True
 
     def __init__(self, config) -> None:
         super().__init__()

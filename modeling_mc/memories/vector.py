@@ -7,7 +7,8 @@ into heads. Two reads (`vector_read`):
     "multiply"  M(q) = q * h, elementwise (eq. 18-20); aggregations as for every other memory, soup is GRM.
     "add"       y_t = h_t + sum_i g_ti * h_i with g_ti = sigmoid(A h_t + B h_i + b), elementwise, A and B per head,
                 over all finished segments (grm, soup) or the k best (ssc); residual has g = 1, mean takes the mean.
-                The query has no part in it.
+                The query has no part in it and no projection. With ssc nothing passes a gradient to the projection
+                that scores segments: it stays as it starts (DistributedDataParallel: find_unused_parameters=True).
 """
 
 import torch
@@ -80,7 +81,7 @@ class VectorMemory(Memory):
         super().__init__(config)
         inputs = self.num_heads * (self.key_dim + self.value_dim)
         self.cell = Cell(inputs, self.num_heads * self.value_dim, self.cell_gates)
-        self.multiplies = config.vector_read == "multiply"
+        self.multiplies = self.reads_query = config.vector_read == "multiply"
         self.own_gates = not self.multiplies and config.aggregation in ("grm", "soup", "ssc")
         if self.own_gates:
             self.read_gate = ReadGate(self.num_heads, self.value_dim, config.initializer_range)
