@@ -20,7 +20,7 @@ import torch
 # of the ops: the package's name, so that a flat copy of these files (a Hub repository) has ops of its own beside ours
 NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".kernels.common"))
 BESIDE = __name__.removesuffix("common")  # in front of the names of the modules beside this one
-WIDEST = 256  # head width up to which the Triton kernels are written
+WIDEST, WIDEST_DEEP = 256, 128  # head width up to which the Triton kernels (of deep memories) are written
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, str | None] = {}  # every op that is registered, and the module of its Triton kernels
 
@@ -45,7 +45,7 @@ def _log_once(message: str) -> None:
     logging.getLogger(NAMESPACE).info(message)
 
 
-def _no_triton(x: torch.Tensor, widths: tuple[int, ...]) -> str | None:
+def _no_triton(x: torch.Tensor, widths: tuple[int, ...], widest: int) -> str | None:
     """Why the Triton kernels cannot take these inputs, or None."""
     if not HAS_TRITON:
         return "the package `triton` is not installed"
@@ -53,16 +53,17 @@ def _no_triton(x: torch.Tensor, widths: tuple[int, ...]) -> str | None:
         return f"Triton has no device {x.device.type!r} (set TRITON_INTERPRET=1 to try it on the CPU)"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the dtype is {x.dtype}, allowed: float32, float16, bfloat16"
-    if max(widths) > WIDEST:
-        return f"a head is {max(widths)} wide, allowed: up to {WIDEST}"
+    if max(widths) > widest:
+        return f"a head is {max(widths)} wide, allowed: up to {widest}"
     return None
 
 
-def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int) -> str:
+def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int, widest: int = WIDEST) -> str:
     """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
 
     Args:
         requested: `MCConfig.mc_backend`; "auto" is torch until the Triton kernels have run on a GPU; logged once.
+        widest: of the widths that the op's kernels are written for.
 
     Raises:
         ValueError: "triton" is requested and cannot be had.
@@ -71,7 +72,7 @@ def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int) -> st
         if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():
             _log_once(f"{op}: torch, because its Triton kernels have not run on a GPU yet (mc_backend='triton')")
         return "torch"
-    problem = _no_triton(x, widths)
+    problem = _no_triton(x, widths, widest)
     if problem is not None:
         raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
     return "triton"

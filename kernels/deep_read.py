@@ -8,7 +8,7 @@ hidden activations of a block of (token, memory) pairs live as long as the block
 import torch
 from torch.nn import functional as F
 
-from .common import compute_dtype, register_op
+from .common import WIDEST_DEEP, choose_backend, compute_dtype, register_op
 from .deep_common import Norm, gelu_backward, per_head
 from .segment_read import Blocks, Gates
 from .selected_read import Tiles
@@ -180,6 +180,7 @@ deep_read_op = register_op(
     ),
     lambda *args: _like(*args[4:12]),
     differentiable=8,
+    triton="triton_deep_read",
 )
 
 
@@ -195,17 +196,20 @@ def deep_read(
     birth: torch.Tensor,
     first: torch.Tensor,
     function: str = "softmax",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read all finished deep memories with content gates (eq. 9).
 
     Args:
         w2, w1: `[R, S, H, d, h]` and `[R, S, H, h, d]`, S = cached + N. scale, shift: `[H, d]` of LN, or None without.
         q, u, summaries, online_logit, birth, first, function: see `segment_read.segment_read`.
+        backend: "auto", "triton" or "torch", see `choose_backend`; Triton has heads up to WIDEST_DEEP wide.
 
     Returns:
         the gated sum over the past `[R, N, W, H, d]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
     """
-    return deep_read_op(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function)
+    backend = choose_backend(backend, "deep_read", q, q.shape[-1], u.shape[-1], widest=WIDEST_DEEP)
+    return deep_read_op(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function, backend)
 
 
 # ------------------------------------------------------------------------------------------------------- all alike
@@ -255,6 +259,7 @@ deep_constant_read_op = register_op(
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     lambda *args: _like(*args[1:6]),
     differentiable=5,
+    triton="triton_deep_constant_read",
 )
 
 
@@ -265,17 +270,19 @@ def deep_constant_read(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     visible: torch.Tensor,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The sum of the answers of all visible memories (eq. 7).
 
     Args:
         q: `[R, N, W, H, d]`. w2, w1, scale, shift: see `deep_read`. visible: `[R, N, S]` bool; the end state of grid
-            segment n is memory S - N + n, which only later segments may see.
+            segment n is memory S - N + n, which only later segments may see. backend: see `deep_read`.
 
     Returns:
         `[R, N, W, H, d]` in q's dtype.
     """
-    return deep_constant_read_op(q, w2, w1, scale, shift, visible)
+    backend = choose_backend(backend, "deep_constant_read", q, q.shape[-1], widest=WIDEST_DEEP)
+    return deep_constant_read_op(q, w2, w1, scale, shift, visible, backend)
 
 
 # ---------------------------------------------------------------------------------------------------- top-k choice
@@ -371,6 +378,7 @@ deep_selected_read_op = register_op(
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     lambda *args: _like(*args[1:7]),
     differentiable=6,
+    triton="triton_deep_selected_read",
 )
 
 
@@ -382,14 +390,16 @@ def deep_selected_read(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     index: torch.Tensor,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`sum_c weights_tc M_{index_tc}(q_t)` over the k chosen memories of every token and head (eq. 17).
 
     Args:
         q: `[R, N, W, H, d]`. weights: `[R, N, W, H, k]`, 0 where index is -1. w2, w1, scale, shift: see `deep_read`.
-        index: `[R, N, W, H, k]` int64 into the S memories, or -1.
+        index: `[R, N, W, H, k]` int64 into the S memories, or -1. backend: see `deep_read`.
 
     Returns:
         `[R, N, W, H, d]` in q's dtype, differentiable with respect to everything but index.
     """
-    return deep_selected_read_op(q, weights, w2, w1, scale, shift, index)
+    backend = choose_backend(backend, "deep_selected_read", q, q.shape[-1], widest=WIDEST_DEEP)
+    return deep_selected_read_op(q, weights, w2, w1, scale, shift, index, backend)

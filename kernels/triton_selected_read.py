@@ -67,6 +67,17 @@ def _sum_kernel(
     tl.store(out + token[:, None] * D + o_d[None, :], narrow(b_sum, out.dtype.element_ty), mask=m_t[:, None] & m_d)
 
 
+def sum_rows(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`[R, N, W, H, d]`, of every token the sum of the rows `[R * N * W * H * k, d]` of those of its pairs that have a
+    memory (index `[R, N, W, H, k]`)."""
+    width, top_k, tokens = pairs.shape[-1], index.shape[-1], index.shape[:-1].numel()
+    total = pairs.new_empty(*index.shape[:-1], width)
+    args = {"pairs": pairs, "index": index, "out": total, "num_tokens": tokens}
+    meta = {"K": top_k, "D": width, "BD": power_of_two(width), "BT": 16}
+    launch(_sum_kernel, lambda _: (triton.cdiv(tokens, 16),), args, meta, [({}, 4, 1)])
+    return total
+
+
 @triton.jit
 def _selected_states_kernel(
     q, grad_out, weights, borders, source, grad_states,
@@ -127,12 +138,7 @@ class _Pairs:
             "TRANSPOSED": transposed, "PRODUCTS": other is not None, "PRECISION": self.precision,
         }  # fmt: skip
         launch(_tile_kernel, lambda _: (self.tiles.num * blocks,), args, meta, [self.config])
-        total = torch.empty(*rows.shape[:-1], out_dim, dtype=rows.dtype, device=rows.device)
-        tokens = total.shape[:-1].numel()
-        args = {"pairs": out, "index": self.index, "out": total, "num_tokens": tokens}
-        meta = {"K": self.top_k, "D": out_dim, "BD": power_of_two(out_dim), "BT": 16}
-        launch(_sum_kernel, lambda _: (triton.cdiv(tokens, 16),), args, meta, [({}, 4, 1)])
-        return total, None if products is None else products.sum(0)
+        return sum_rows(out, self.index), None if products is None else products.sum(0)
 
     def states_gradient(self, grad_out: torch.Tensor) -> torch.Tensor:
         grad = torch.empty(self.states.shape, dtype=torch.float32, device=grad_out.device)

@@ -290,10 +290,11 @@ class DeepMemory(Memory):
         return q + (r if weight is None else normalized(r)[0] * weight.to(r.dtype) + bias.to(r.dtype))
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        return deep_read(q, u, *states, summaries, online_logit, *self.norm, birth, first, function)
+        gating = (summaries, online_logit, *self.norm, birth, first, function)
+        return deep_read(q, u, *states, *gating, self.config.mc_backend)
 
     def selected_read(self, q, weights, states, index):
-        return deep_selected_read(q, weights, *states, *self.norm, index)
+        return deep_selected_read(q, weights, *states, *self.norm, index, self.config.mc_backend)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
-        return deep_constant_read(q, *states, *self.norm, visible)
+        return deep_constant_read(q, *states, *self.norm, visible, self.config.mc_backend)
