@@ -197,6 +197,9 @@ def convert(
     if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
         theirs = CONFIG_MAPPING[found["model_type"]].from_dict(found)
         found = theirs.to_dict()
+    elif verify:
+        missing = f"Transformers has no model_type={found['model_type']!r} to compare with"
+        raise ValueError(f"--verify-logits: {missing} (a package that registers it can be imported first)")
     config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
 
     def parts() -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -70,6 +70,12 @@ def test_missing_pieces_are_named(tmp_path, kind, fields):
     assert not (tmp_path / "ours").exists()
 
 
+def test_verification_needs_a_source_that_loads(tmp_path):
+    make("gated_deltanet", tmp_path / "source")
+    with pytest.raises(ValueError, match="--verify-logits: Transformers has no model_type='gated_deltanet'"):
+        convert(tmp_path / "source", tmp_path / "ours", verify=True)
+
+
 def test_default_feature_map_is_not_taken_for_the_identity(tmp_path):
     make("linear_attn", tmp_path / "source")
     path = tmp_path / "source" / "config.json"

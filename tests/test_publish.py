@@ -125,14 +125,16 @@ def test_interruption_leaves_nothing_and_resumes(capsys, hub, checkpoint, unchec
 def test_a_new_version_replaces_the_old_one_and_keeps_the_card(capsys, hub, checkpoint, unchecked):
     assert call(capsys, "publish", checkpoint, "me/model", "--max-shard-size", "20KB")[0] == 0
     api = HfApi()
-    for name, content in (("README.md", b"---\nlicense: mit\n---\nmine"), ("old_kernel.py", b""), ("data.txt", b"x")):
+    own = {"README.md": b"---\nlicense: mit\n---\nmine", "memory.png": b"mine"}
+    for name, content in (own | {"old_kernel.py": b"", "data.txt": b"x"}).items():
         api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="me/model")
     assert call(capsys, "publish", checkpoint, "me/model")[0] == 0
     files = hub.files("me/model")
-    assert files["README.md"].endswith(b"mine") and files["data.txt"] == b"x"
+    assert own | {"data.txt": b"x"} == {name: files[name] for name in (*own, "data.txt")}
     assert [name for name in files if "safetensors" in name or "old" in name] == ["model.safetensors"]
     assert call(capsys, "publish", checkpoint, "me/model", "--replace-card")[0] == 0
-    assert b"Memory Caching" in hub.files("me/model")["README.md"]
+    files = hub.files("me/model")
+    assert b"Memory Caching" in files["README.md"] and files["memory.png"].startswith(b"\x89PNG")
 
 
 def test_wrong_token_is_one_line_without_the_token(capsys, hub, checkpoint, unchecked, monkeypatch):
