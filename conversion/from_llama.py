@@ -3,7 +3,8 @@
 
 A memory layer keeps the projections of q, k, v and o and the MLP; keys and values that several heads share are
 repeated. What a memory has beyond that (gates, decay rates, norms of heads) starts as in a new model. Unlike every
-other conversion the result is approximate where layers were chosen, and needs training.
+other conversion the result is approximate where layers were chosen, and needs training: examples/linearize.py shows
+how, from a small Llama.
 
 Qwen2 has biases in the projections of q, k and v and none behind them: in attention layers, which have both or
 neither, that of the output starts at zero.

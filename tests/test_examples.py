@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import finetune_lora
+import linearize
 import memory_file
 import pytest
 from peft import PeftModel
@@ -127,3 +129,24 @@ def test_train_on_two_ranks(texts, tmp_path, monkeypatch, capsys):
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "final") for x in ("one", "two"))
     for name, parameter in first.named_parameters():
         assert_close(second.get_parameter(name), parameter, 1e-3, name)
+
+
+def test_linearize(tmp_path, monkeypatch, capsys):
+    """Matching the teacher's layers gives back most of what the conversion has cost, and LoRA gives back more."""
+    words = ["memory", "keeps", "state", "of", "every", "segment", "and", "reads", "it", "again"]
+    order = random.Random(0)
+    texts = [" ".join(order.choices(words, k=400)) for _ in range(12)]
+    monkeypatch.setattr(linearize, "reference_texts", lambda: (texts[:10], texts[10:]))
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 2, "block": 64, "batch": 16, "segment_size": 16}
+    steps = {"steps": 120, "lr": 1e-2, "match_steps": 60, "lora_steps": 30, "output": tmp_path}
+    call(monkeypatch, linearize, *(f"--{name}={value}" for name, value in (sizes | steps).items()))
+    record = json.loads((tmp_path / "result.json").read_text())
+    loss, printed = record["held_out_nats_per_byte"], capsys.readouterr().out
+    assert all(f"{name:<10} {value:.3f}" in printed for name, value in loss.items())
+    lost = loss["converted"] - loss["llama"]
+    assert lost > 0.1 and loss["matched"] - loss["llama"] < lost / 2 and loss["lora"] < loss["matched"]
+    assert record["converted_layers"] == [1] and not list(tmp_path.glob("*.partial"))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "matched"), tmp_path / "adapter")
+    held_out = linearize.Blocks(texts[10:], linearize.byte_tokenizer(64), 64)
+    again = linearize.held_out_loss(model, held_out, linearize.LinearizeConfig(**sizes))
+    assert again == pytest.approx(loss["lora"], abs=1e-4)
