@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mc import LAYER_TYPE
 from .cache import Kept, MCCacheLayer, is_memory_layer
@@ -20,14 +21,15 @@ class MCCache(DynamicCache):
     """A `DynamicCache` of this family with the numbers that people want to know of a memory.
 
     Args:
-        config: the model's config (a keyword, as in `DynamicCache`).
+        config: the model's config.
         offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
             device, and "ssc" fetches just the chosen states.
         state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
             (one scale per row of a state). Anything but None is an approximation.
+        kwargs: of `DynamicCache`.
 
     Raises:
-        ValueError: another `state_dtype`.
+        ValueError: another `state_dtype`, or a `config` that is none.
 
     Example:
         >>> cache = MCCache(config=model.config)
@@ -36,9 +38,16 @@ class MCCache(DynamicCache):
     """
 
     def __init__(
-        self, *args, offload_segments: bool = False, state_dtype: torch.dtype | None = None, **kwargs
+        self,
+        config: PreTrainedConfig | None = None,
+        *,
+        offload_segments: bool = False,
+        state_dtype: torch.dtype | None = None,
+        **kwargs,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"MCCache: `config` must be the model's config, got {type(config).__name__}")
+        super().__init__(config=config, **kwargs)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
         self.filled_by: weakref.ref | None = None  # the model, for the fingerprint of `save_pretrained`

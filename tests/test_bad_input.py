@@ -222,6 +222,13 @@ def test_empty_documents(model):
 
 
 # -------------------------------------------------------------------------------------------------------------- heads
+def test_a_cache_is_made_from_a_config(model):
+    """By position too, where `DynamicCache` itself expects something else."""
+    assert len(MCCache(model.config).memory_layers) == len(MCCache(config=model.config).memory_layers) > 0
+    with pytest.raises(ValueError, match="`config` must be the model's config, got MCForCausalLM"):
+        MCCache(model)
+
+
 def test_classification_of_a_batch_needs_a_padding_token():
     model = build(small_config(num_labels=3), MCForSequenceClassification)
     assert model(tokens(1, 5)).logits.shape == (1, 3)
