@@ -157,8 +157,9 @@ class MCConfig(PreTrainedConfig):
             the field, the value and what is allowed.
 
     Example:
-        >>> from mc_transformers import MCConfig, MCForCausalLM
-        >>> model = MCForCausalLM(MCConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=2))
+        >>> config = MCConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, memory="swla")
+        >>> config.head_dim, config.aggregation, config.layer_types
+        (32, 'grm', ['memory_caching', 'memory_caching'])
     """
 
     model_type = "mc"

@@ -32,9 +32,11 @@ class MCCache(DynamicCache):
         ValueError: another `state_dtype`, or a `config` that is none.
 
     Example:
-        >>> cache = MCCache(config=model.config)
-        >>> model.generate(**inputs, past_key_values=cache)
-        >>> cache.num_segments, cache.nbytes
+        >>> config = MCConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> cache = MCCache(config)
+        >>> out = MCForCausalLM(config)(torch.ones(1, 600, dtype=torch.long), past_key_values=cache)
+        >>> cache.get_seq_length(), cache.num_segments
+        (600, 2)
     """
 
     def __init__(

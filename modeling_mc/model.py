@@ -321,8 +321,9 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         config: kind and size of the model; weights are random (`from_pretrained` loads trained ones).
 
     Example:
-        >>> model = MCForCausalLM.from_pretrained("a folder or a Hub repository", dtype="bfloat16")
-        >>> model.generate(input_ids, max_new_tokens=20)
+        >>> model = MCForCausalLM(MCConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+        >>> model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=20).shape
+        torch.Size([1, 25])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -4,6 +4,7 @@ somewhere, and the site leaves nothing out."""
 import argparse
 import ast
 import dataclasses
+import doctest
 import importlib
 import inspect
 import json
@@ -15,6 +16,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import PreTrainedConfig
 
@@ -200,14 +202,24 @@ def test_a_wrong_command_is_seen(line: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- site
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")) if "://" not in link]
+    missing = []
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists() or anchor and anchor not in anchors(target):
+            missing.append(link)
     assert not missing
     if page in DOCS:  # the site has nothing else
-        assert not [link for link in links if "://" not in link and link.startswith("..")]
+        assert not [link for link in links if link.startswith("..")]
 
 
 def test_readme_names_both_commands() -> None:
@@ -259,6 +271,13 @@ def test_what_the_reference_shows_is_documented(identifier: str) -> None:
     assert inspect.getdoc(found), f"{identifier} has no docstring"
     own = found.fget if isinstance(found, property) else found
     assert own.__doc__, f"{identifier} inherits its docstring"
+
+
+@pytest.mark.parametrize("identifier", [name for name in IDENTIFIERS if ">>>" in (resolve(name).__doc__ or "")])
+def test_examples_of_docstrings_run(identifier: str) -> None:
+    names = {name: getattr(mc, name) for name in mc.__all__} | {"torch": torch}
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(resolve(identifier)), names, identifier, None, None)
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_reference_shows_every_public_name() -> None:
