@@ -240,6 +240,20 @@ def test_navigation_has_every_page() -> None:
     assert not missing, f"not both in docs/ and in the navigation of mkdocs.yml: {missing}"
 
 
+def test_pictures_are_drawn_and_shown(tmp_path, monkeypatch) -> None:
+    """`docs/draw.py` runs, and every picture that lies in docs/images is on a page."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import draw
+
+    assert draw.fenwick(37) == [(0, 32), (32, 4), (36, 1)]
+    monkeypatch.setattr(draw, "FOLDER", tmp_path / "images")
+    draw.main()
+    drawn = {path.name for path in (tmp_path / "images").iterdir()}
+    kept = {path.name for path in (ROOT / "docs" / "images").iterdir()}
+    shown = {Path(name).name for page in PAGES for name in re.findall(r"\]\(([^)]+)\)", page.read_text("utf-8"))}
+    assert drawn <= kept <= shown
+
+
 def test_site_needs_no_network() -> None:
     assert SITE["theme"]["font"] is False
     assert "extra_javascript" not in SITE and "extra_css" not in SITE
