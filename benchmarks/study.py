@@ -64,11 +64,14 @@ def reads(memory: str) -> dict[str, dict]:
     return {name: {"aggregation": name} for name in names} | {"log-linear++": LOGARITHMIC}
 
 
-RECALL = {"seq_len": 128, "pairs": 16, "vocab": 256, "width": 16, "steps": 800, "eval_every": 200, "test_size": 256}
+RECALL = {
+    "seq_len": 128, "pairs": 32, "vocab": 128, "width": 16, "batch": 16, "steps": 2000, "eval_every": 250,
+    "test_size": 256,
+}  # fmt: skip
 
 
 def mqar() -> list[Cell]:
-    """Recall of 16 pairs from 128 tokens by two layers with one head of width 16."""
+    """Recall of 32 pairs from 128 tokens by two layers with one head of width 16."""
     cells = [
         Cell(f"linear {name}", "recall", RECALL | {"memory": "linear"} | read, (1e-2, 2e-2))
         for name, read in reads("linear").items()
