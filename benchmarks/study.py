@@ -122,6 +122,7 @@ def language() -> list[Cell]:
     plain, hybrid = {"mlp_width": 149}, {"layer_types": ["sliding_attention", "memory_caching"], "mlp_width": 152}
     settings = {
         "none": {"aggregation": "none", "also": ["mean"]} | plain,
+        "none, linear memory": {"memory": "linear", "aggregation": "none", "also": ["mean"]} | plain,
         "residual": {"aggregation": "residual"} | plain,
         "grm": {"aggregation": "grm"},
         "ssc": {"aggregation": "ssc"},

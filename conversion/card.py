@@ -92,13 +92,15 @@ def _summary(config: MCConfig) -> str:
     )
 
 
-def _usage(repo_id: str, auto_class: str, has_tokenizer: bool) -> str:
-    load = f'model = {auto_class}.from_pretrained("{repo_id}", trust_remote_code=True)'
+def _usage(repo_id: str, auto_class: str, has_tokenizer: bool, has_code: bool) -> str:
+    trust, plugin = (", trust_remote_code=True", []) if has_code else ("", ["import mc_transformers"])
+    load = f'model = {auto_class}.from_pretrained("{repo_id}"{trust})'
     if auto_class != "AutoModelForCausalLM" or not has_tokenizer:
-        return f"from transformers import {auto_class}\n\n{load}"
+        return "\n".join([*plugin, f"from transformers import {auto_class}", "", load])
     return "\n".join([
+        *plugin,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)',
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})',
         load,
         'inputs = tokenizer("Memory caching", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
@@ -114,8 +116,12 @@ def render(
     metadata: Metadata | None = None,
     results: Sequence[Result] = (),
     figure: str | None = None,
+    has_code: bool = True,
 ) -> ModelCard:
-    """The card of a model of `config` that will be found under `repo_id`; `figure` is a file beside it."""
+    """The card of a model of `config` that will be found under `repo_id`; `figure` is a file beside it.
+
+    Without `has_code` the folder is a plain checkpoint that needs the package.
+    """
     metadata, model = metadata or Metadata(), skeleton(config)
     data = asdict(metadata)
     data["tags"] = ["memory-caching", config.memory, *metadata.tags]
@@ -128,7 +134,8 @@ def render(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=repo_id.split("/")[-1],
         summary=_summary(config),
-        usage=_usage(repo_id, auto_class, has_tokenizer),
+        usage=_usage(repo_id, auto_class, has_tokenizer, has_code),
+        has_code=has_code,
         architecture=_markdown([(f"`{k}`", v) for k, v in fields.items()], ("field", "value")),
         figure=figure,
         lengths=_markdown(sizes, ("tokens", "this model's cache", "keys and values")),

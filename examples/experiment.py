@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
+from mc_transformers.conversion.card import Metadata, Result, render, write_card
+from mc_transformers.conversion.files import new_folder
 
 
 def option(default, text: str):
@@ -56,6 +58,7 @@ class ExperimentConfig:
     eval_every: int = option(100, "steps between evaluations")
     device: str = option("cpu", "torch device")
     threads: int | None = option(None, "CPU threads, torch's choice if not given")
+    save: str | None = option(None, "folder to write the trained model and its card to")
 
 
 @dataclass
@@ -164,6 +167,30 @@ def train(
             "transformers": transformers.__version__,
         },
     }
+
+
+def save_checkpoint(
+    config: ExperimentConfig, model: PreTrainedModel, results: list[Result], tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Model, card, results and settings, to `config.save`; the folder is whole or not there."""
+    folder = Path(config.save)
+    model.config.use_cache = True
+    with new_folder(folder, overwrite=True) as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        entries = [dataclasses.asdict(result) for result in results]
+        save_json({"results": entries, "settings": dataclasses.asdict(config)}, partial / "results.json")
+        card = render(
+            model.config,
+            folder.as_posix(),
+            has_tokenizer=tokenizer is not None,
+            parameters=model.num_parameters(),
+            metadata=Metadata(license="apache-2.0"),
+            results=results,
+            has_code=False,
+        )
+        write_card(partial, card, results)
 
 
 def save_json(record: dict, path: Path) -> None:

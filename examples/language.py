@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 from transformers import HfArgumentParser, PreTrainedModel
 
-from experiment import ExperimentConfig, OutputConfig, build_model, option, save_json, train
+from experiment import (
+    ExperimentConfig,
+    OutputConfig,
+    Result,
+    build_model,
+    option,
+    save_checkpoint,
+    save_json,
+    train,
+)
 from mc_transformers import MCConfig, MCForCausalLM
 from text_data import END, NUM_SPECIAL, byte_ids, byte_tokenizer, library_texts
 
@@ -106,6 +115,13 @@ def train_language(config: LanguageConfig, progress: bool = True) -> dict:
         for rule in config.also:
             other = read_otherwise(model, rule, config.train_length)
             losses[rule] = position_losses(other, documents, config.train_length)
+    if config.save:
+        text = "held-out files of Python's standard library"
+        results = [
+            Result("cross-entropy", loss["nats"], text, "nats per byte", f"bytes {part} of the file")
+            for part, loss in losses[config.aggregation].items()
+        ]
+        save_checkpoint(config, model, results, byte_tokenizer(2**20))
     data = {"training_bytes": len(corpus), "held_out_files": len(documents)}
     return {"losses": losses, "data": data, "tokens_per_second": tokens / record["seconds"]} | record
 

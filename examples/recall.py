@@ -16,7 +16,17 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser, PreTrainedModel
 
-from experiment import ExperimentConfig, OutputConfig, build_model, option, query_logits, save_json, train
+from experiment import (
+    ExperimentConfig,
+    OutputConfig,
+    Result,
+    build_model,
+    option,
+    query_logits,
+    save_checkpoint,
+    save_json,
+    train,
+)
 
 
 @dataclass
@@ -94,12 +104,18 @@ def accuracy(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tens
     return correct / (labels != -100).sum().item()
 
 
+def draw_test(config: RecallConfig, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The test set of a run, the same for every seed of the run."""
+    style = {"power_a": config.power_a, "random_non_queries": config.random_non_queries}
+    generator = torch.Generator().manual_seed(config.test_seed)
+    return mqar_batch(config.test_size, seq_len, config.pairs, config.vocab, **style, generator=generator)
+
+
 def train_recall(config: RecallConfig, progress: bool = True) -> dict:
     """Trains one model; returns the record of `experiment.train` with the final accuracy."""
     data = (config.seq_len, config.pairs, config.vocab)
     style = {"power_a": config.power_a, "random_non_queries": config.random_non_queries}
-    test = mqar_batch(config.test_size, *data, **style, generator=torch.Generator().manual_seed(config.test_seed))
-    test = [x.to(config.device) for x in test]
+    test = [x.to(config.device) for x in draw_test(config, config.seq_len)]
     generator = torch.Generator().manual_seed(config.seed)
     model = build_model(config, config.vocab, config.seq_len)
     record = train(
@@ -109,6 +125,13 @@ def train_recall(config: RecallConfig, progress: bool = True) -> dict:
         evaluate=lambda: {"accuracy": accuracy(model, *test)},
         progress=progress,
     )
+    if config.save:
+        results = []
+        for times in (1, 4):
+            length = times * config.seq_len
+            share = accuracy(model, *(x.to(config.device) for x in draw_test(config, length)))
+            results.append(Result("accuracy", share, f"MQAR, {config.pairs} pairs in {length} tokens"))
+        save_checkpoint(config, model, results, None)
     return {"task": "mqar", "accuracy": record["curve"][-1]["accuracy"]} | record
 
 

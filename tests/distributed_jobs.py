@@ -147,7 +147,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 14}
 @contextmanager
 def saved(fields: dict) -> Iterator[tuple[torch.nn.Module, str]]:
     """A wild model, and the folder where all ranks find it."""
-    fields = SEGMENTS | {"num_hidden_layers": 4} | fields
+    fields = SEGMENTS | {"num_hidden_layers": 4, "vocab_size": 62} | fields  # even: 5.16 splits no odd vocabulary
     model = build(small_config(**fields), dtype=torch.float64)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
@@ -313,8 +313,6 @@ JOBS = {
     "context_parallel": (
         context_parallel_equals_one_process, context_parallel_with_checkpointing, context_parallel_refuses,
     ),
-    "sharding": (sharding_equals_one_process, sharding_in_half_precision),
-    "trainer": (trainer_on_a_sharded_model,),
 }  # fmt: skip
 
 

@@ -1,0 +1,364 @@
+# Copyright 2026 the mc-transformers authors.
+"""Make docs/results.md and its figures from the JSON files of benchmarks/results.
+
+    python benchmarks/report.py
+    python benchmarks/report.py --check      # write nothing, fail if the page does not fit the files
+
+Every number of the page comes from a file, and every table names the command, the commit and the machine.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "images"
+HEAD = "<!-- written by benchmarks/report.py from the files of benchmarks/results: edit those -->\n# Results\n"
+
+
+# ------------------------------------------------------------------------------------------------------ the files
+def read_runs(study: str) -> list[dict]:
+    """The runs of a study; a line that an interruption cut off is left out."""
+    path, runs = RESULTS / f"{study}.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return runs
+
+
+def by_cell(runs: Iterable[dict]) -> dict[str, list[dict]]:
+    cells: dict[str, list[dict]] = {}
+    for run in runs:
+        cells.setdefault(run["cell"], []).append(run)
+    return cells
+
+
+def best_rate(runs: list[dict], value: Callable[[dict], float]) -> list[dict]:
+    """The runs of the learning rate with the best mean: the published rule. Failed runs are left out."""
+    rates: dict[float, list[dict]] = {}
+    for run in runs:
+        if "error" not in run:
+            rates.setdefault(run["settings"]["lr"], []).append(run)
+    return max(rates.values(), key=lambda group: statistics.mean(map(value, group)), default=[])
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean and standard deviation over seeds, or the one value."""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def origin(study: str, runs: list[dict]) -> str:
+    """Command, commits, machine, seeds and failures of a table."""
+    failed = sum("error" in run for run in runs)
+    seeds = sorted({run["settings"]["seed"] for run in runs})
+    versions = {f"torch {r['versions']['torch']}, Python {r['versions']['python']}" for r in runs if "versions" in r}
+    return (
+        f"`python benchmarks/study.py {study}` · commits {listed(run['commit'] for run in runs)} · "
+        f"{listed(run['machine'] for run in runs)} · {listed(versions)} · seeds {', '.join(map(str, seeds))} · "
+        f"{len(runs)} runs, {failed} failed"
+    )
+
+
+def listed(words: Iterable[str]) -> str:
+    return "; ".join(sorted(set(words)))
+
+
+def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------ the figures
+@dataclass
+class Figure:
+    """A picture of the page: docs/images/NAME.svg, and what draws it into matplotlib axes."""
+
+    name: str
+    title: str
+    draw: Callable
+    height: float = 3.6
+
+    def __str__(self) -> str:
+        return f"![{self.title}](images/{self.name}.svg)"
+
+    def save(self) -> None:
+        """The same data give the same bytes."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        pyplot.rcParams |= {"svg.hashsalt": "mc-transformers", "font.size": 9}
+        picture, axes = pyplot.subplots(figsize=(6.0, self.height), layout="constrained")
+        self.draw(axes)
+        partial = IMAGES / f"{self.name}.svg.partial"
+        picture.savefig(partial, format="svg", metadata={"Date": None})
+        pyplot.close(picture)
+        partial.replace(IMAGES / f"{self.name}.svg")
+
+
+def curves(axes, lines: dict[str, list[tuple[float, float]]], labels: tuple[str, str], log: str) -> None:
+    for place, (name, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), marker=".", label=name, color=f"C{place % 10}")
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+# ------------------------------------------------------------------------------------------------------ the sections
+def recall(study: str, title: str, about: str, chart: bool) -> list[str | Figure]:
+    runs = read_runs(study)
+    if not runs:
+        return []
+    rows, points = [], {}
+    for cell, group in by_cell(runs).items():
+        best = best_rate(group, lambda run: run["accuracy"])
+        rates = sorted({run["settings"]["lr"] for run in group})
+        if not best:
+            rows.append([cell, "failed", *[""] * 4])
+            continue
+        values = [run["accuracy"] for run in best]
+        points[cell] = (best[0]["cache_bytes"], statistics.mean(values))
+        rate = f"{best[0]['settings']['lr']:g}" + (f" of {', '.join(map(str, rates))}" if len(rates) > 1 else "")
+        sizes = (str(best[0]["cache_bytes"]), str(best[0]["parameters"]))
+        rows.append([cell, spread(values), str(len(values)), rate, *sizes])
+    parts = [f"## {title}", about]
+    if chart:
+        parts += [against_none(points)]
+        title = "Accuracy against the bytes kept of a sequence"
+        parts.append(Figure(study, title, lambda axes: scatter(axes, points)))
+    head = ["cell", "accuracy", "seeds", "learning rate", "bytes kept", "parameters"]
+    return [*parts, markdown(head, rows), origin(study, runs)]
+
+
+def against_none(points: dict[str, tuple[int, float]]) -> str:
+    """Which read rules are above the same memory without caching, and which are below."""
+    above, below = [], []
+    for cell, (_, accuracy) in points.items():
+        memory, _, read = cell.partition(" ")
+        if read and read != "none" and f"{memory} none" in points:
+            gain = accuracy - points[f"{memory} none"][1]
+            (above if gain > 0 else below).append((gain, cell))
+    words = []
+    for group, what, order in ((above, "Above", -1), (below, "Not above", 1)):
+        listed = ", ".join(f"{cell} ({gain:+.3f})" for gain, cell in sorted(group, key=lambda pair: order * pair[0]))
+        words.append(f"{what} `none` of the same memory: {listed or 'none of the cells'}.")
+    return " ".join(words)
+
+
+def scatter(axes, points: dict[str, tuple[int, float]]) -> None:
+    memories = list(dict.fromkeys(cell.split(" ")[0] for cell in points))
+    marks = dict(zip(("none", "residual", "grm", "soup", "ssc", "log-linear++", ""), "osDP^*X", strict=True))
+    for cell, (size, accuracy) in points.items():
+        memory, _, read = cell.partition(" ")
+        axes.plot(size, accuracy, marks.get(read, "X"), color=f"C{memories.index(memory) % 10}", ms=6, alpha=0.8)
+    for place, memory in enumerate(memories):
+        axes.plot([], [], "s", color=f"C{place % 10}", label=memory)
+    for read, mark in marks.items():
+        if read:
+            axes.plot([], [], mark, color="black", label=read, fillstyle="none")
+    axes.set(xlabel="bytes kept of one sequence", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6.5, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def needle() -> list[str | Figure]:
+    runs = read_runs("needle")
+    if not runs:
+        return []
+    rows, maps = [], {}
+    lengths = list(next(run for run in runs if "heat" in run)["heat"].popitem()[1]) if runs else []
+    for cell, group in sorted(by_cell(run_by_rule(runs, "heat")).items(), key=lambda pair: pair[0].split(", ")[::-1]):
+        values = {n: [statistics.mean(run["heat"][n]) for run in group] for n in lengths}
+        rows.append([cell, *(spread(values[n], 2) for n in lengths), str(len(group))])
+        if cell.endswith(", 2"):
+            by_place = [zip(*(run["heat"][n] for run in group), strict=True) for n in lengths]
+            maps[cell] = [[statistics.mean(seeds) for seeds in places] for places in by_place]
+    about = (
+        "A value of 7 digits (1, 2) or 32 hexadecimal digits (3) is hidden once in a repeated line (1) or in tokens "
+        "of Zipf frequencies (2, 3), and asked for at the end. Two layers of width 32 with a linear memory, segments "
+        f"of 32 tokens, trained for 600 steps at {lengths[0]} tokens with the needle anywhere; a value counts if all "
+        "its digits are right. `mean` is the model trained with `none`, read with caching afterwards; `soup` would be "
+        "`grm`, as the memory is linear. Mean over 8 depths of 32 sequences each."
+    )
+    parts = ["## Needle in a haystack", about]
+    if maps:
+        title = "Accuracy by length and place of the needle"
+        parts.append(Figure("needle", title, lambda axes: heat(axes, maps, lengths), height=2.4))
+    head = ["read rule, kind", *(f"{n} tokens" for n in lengths), "seeds"]
+    return [*parts, markdown(head, rows), origin("needle", runs)]
+
+
+def run_by_rule(runs: list[dict], field: str) -> list[dict]:
+    """One run for every read rule that a trained model was evaluated with; the cell's name gets the rule."""
+    split = []
+    for run in runs:
+        for place, (rule, value) in enumerate(run.get(field, {}).items()):
+            name, comma, rest = run["cell"].partition(", ")
+            cell = run["cell"] if place == 0 else rule + comma + rest
+            split.append(run | {"cell": cell, field: value, "own": place == 0})
+    return split
+
+
+def heat(axes, maps: dict[str, list[list[float]]], lengths: list[str]) -> None:
+    width = len(next(iter(maps.values()))[0])
+    gap = [[float("nan")]] * len(lengths)
+    table = [[] for _ in lengths]
+    for rows in maps.values():
+        table = [line + row + blank for line, row, blank in zip(table, rows, gap, strict=True)]
+    image = axes.imshow(table, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axes.set_yticks(range(len(lengths)), lengths)
+    middles = [i * (width + 1) + (width - 1) / 2 for i in range(len(maps))]
+    axes.set_xticks(middles, [cell.split(",")[0] for cell in maps])
+    axes.set(xlabel="read rule; within each: place of the needle, first to last", ylabel="tokens")
+    axes.figure.colorbar(image, label="accuracy")
+
+
+def language() -> list[str | Figure]:
+    runs = read_runs("language")
+    if not runs:
+        return []
+    rules = by_cell(run_by_rule(runs, "losses"))
+    ranges = list(runs[0]["losses"][runs[0]["settings"].get("aggregation", "grm")])
+    rows, lines = [], {}
+    for cell, group in rules.items():
+        values = {part: [run["losses"][part]["nats"] for run in group] for part in ranges}
+        own = group[0]["own"]
+        speed = spread([run["tokens_per_second"] for run in group], 0) if own else ""
+        size = str(group[0]["parameters"])
+        name = cell if own else f"{cell} (trained with none)"
+        rows.append([name, *(spread(v) for v in values.values()), size, speed])
+        lines[cell] = [(int(part.split("-")[1]), statistics.mean(v)) for part, v in values.items()]
+    files = runs[0]["data"]["held_out_files"]
+    errors = [part["error"] for group in rules.values() for run in group for part in run["losses"].values()]
+    about = (
+        "Byte-level models of the source of Python's standard library with about as many parameters each "
+        "(two layers of width 64, a gated linear memory unless named, segments of 64 bytes), trained for 500 steps of "
+        f"4096 bytes at T = 256. Loss in nats per byte on the first 4096 bytes of {files} held-out files, by "
+        "position. `mean` has the weights of `none` and caches a state every 256 bytes. The standard error over "
+        f"files is about {statistics.median(errors):.2f}, much of it shared, as all models read the same files; ± is "
+        "over seeds."
+    )
+    labels = ("position in the file, bytes", "nats per byte")
+    picture = Figure("language", "Loss against position", lambda axes: curves(axes, lines, labels, "x"))
+    head = ["read rule", *(f"bytes {part}" for part in ranges), "parameters", "training bytes/s"]
+    return ["## Language modelling, and caching after training", about, *gains(rules, ranges), picture,
+            markdown(head, rows), origin("language", runs)]  # fmt: skip
+
+
+def gains(rules: dict[str, list[dict]], ranges: list[str]) -> list[str]:
+    """What reading with `mean` does to the model trained with `none`, in words."""
+    sentences = []
+    for cell in rules:
+        if cell.startswith("mean"):
+            plain = "none" + cell.removeprefix("mean")
+            changes = {
+                part: [
+                    after["losses"][part]["nats"] - before["losses"][part]["nats"]
+                    for after, before in zip(rules[cell], rules[plain], strict=True)
+                ]
+                for part in ranges[1:]
+            }
+            words = ", ".join(f"{spread(change)} in bytes {part}" for part, change in changes.items())
+            sentences.append(f"Caching after training changes the loss of `{plain}` by {words}; below zero is better.")
+    return sentences
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Exponent of a power law through (x, y), by least squares of the logarithms."""
+    x, y = ([math.log(point[axis]) for point in points] for axis in (0, 1))
+    return statistics.linear_regression(x, y).slope
+
+
+def cost() -> list[str | Figure]:
+    path = RESULTS / "cpu.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in results["layer"]:
+        if row["pass"] == "forward+backward":
+            lines.setdefault(row["case"], []).append((row["length"], 1e3 * row["ms"] / row["length"]))
+    lengths = sorted({row["length"] for row in results["layer"]})
+    rows = []
+    for case, points in lines.items():
+        cells = [f"{dict(points)[n]:.1f}" if n in dict(points) else "" for n in lengths]
+        rows.append([case, *cells, f"{1 + slope(points):.2f}" if len(points) > 2 else ""])
+    machine = results["machine"]
+    about = (
+        "Microseconds per token of forward and backward of one layer (width 256, 4 heads, segments of 64, k = 2, "
+        "fp32, batch 1), and the exponent of time against length over the measured lengths: 1 is linear, 2 quadratic."
+    )
+    labels = ("tokens", "µs per token, forward + backward")
+    picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, lines, labels, "xy"))
+    source = (
+        f"`python benchmarks/cpu.py` · commit {machine['commit'][:12]} · {machine['cpu']}, {machine['threads']} "
+        f"threads · torch {machine['torch']}, Python {machine['python']} · medians of interleaved runs"
+    )
+    head = ["case", *(f"{n} tokens" for n in lengths), "exponent"]
+    return ["## Cost against length", about, picture, markdown(head, rows), source]
+
+
+SETTING = (
+    "32 pairs of keys and values in 128 tokens, each asked for once, 128 ids; two layers with one head of width 16 "
+    "and no MLP, segments of 16 tokens, k = 2, 2000 steps of 16 fresh sequences. Accuracy over all queries of 256 "
+    "test sequences, mean ± standard deviation over seeds, at the best of the learning rates tried. A model near 0 "
+    "had not begun to learn when the steps were over: such a row says more about 2000 steps than about the memory. For "
+    "memories that are matrices or vectors `soup` is `grm`."
+)
+ABLATION = (
+    "The task and model above with a linear memory, one thing changed at a time. `u is q` shares the query of the "
+    "gate with that of the memory (a row that the paper left empty); `checkpoint` starts a segment from the last "
+    "state (promised in the paper, absent there). No gate is `residual` above; deep memories are above too."
+)
+
+
+def page() -> list[str | Figure]:
+    """The parts of docs/results.md in their order."""
+    return [
+        HEAD + "\nSmall models on two CPU cores: what they show about reading rules may not hold at another scale. "
+        "No GPU was available, so the settings of the paper (512 tokens, 64 pairs, 5 seeds; 760M and 1.3B parameters) "
+        "have not been run.",
+        *recall("mqar", "Recall: multi-query associative recall", SETTING, True),
+        *recall("ablations", "Ablations", ABLATION, False),
+        *needle(),
+        *language(),
+        *cost(),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args(arguments)
+    parts = page()
+    text = "\n\n".join(map(str, parts)) + "\n"
+    if options.check:
+        same = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
+        print(f"{PAGE.name} {'fits' if same else 'does not fit'} the files of {RESULTS.name}/")
+        return 0 if same else 1
+    for part in parts:
+        if isinstance(part, Figure):
+            part.save()
+    partial = PAGE.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(PAGE)
+    print(f"written: {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
