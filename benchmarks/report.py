@@ -316,8 +316,8 @@ SETTING = (
     "32 pairs of keys and values in 128 tokens, each asked for once, 128 ids; two layers with one head of width 16 "
     "and no MLP, segments of 16 tokens, k = 2, 2000 steps of 16 fresh sequences. Accuracy over all queries of 256 "
     "test sequences, mean ± standard deviation over seeds, at the best of the learning rates tried. A model near 0 "
-    "had not begun to learn when the steps were over: such a row says more about 2000 steps than about the memory. For "
-    "memories that are matrices or vectors `soup` is `grm`."
+    "had not begun to learn when the steps were over: such a row says more about 2000 steps than about the memory. "
+    "For memories that are matrices or vectors `soup` is `grm`."
 )
 ABLATION = (
     "The task and model above with a linear memory, one thing changed at a time. `u is q` shares the query of the "

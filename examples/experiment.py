@@ -176,7 +176,7 @@ def save_checkpoint(
     folder = Path(config.save)
     model.config.use_cache = True
     with new_folder(folder, overwrite=True) as partial:
-        model.save_pretrained(partial)
+        PreTrainedModel.save_pretrained(model, partial)  # ours would add the code: this is a folder of the package
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         entries = [dataclasses.asdict(result) for result in results]

@@ -17,7 +17,7 @@ from mc_transformers.modeling_mc.segments import SegmentTable
 FOLDER = Path(__file__).parent
 GROUPS = pytest.mark.skipif(
     not hasattr(MCForCausalLM, "_resolve_parallel_plans"),
-    reason="this version of Transformers makes no FSDP2 groups by dtype, and its Trainer takes no model that is sharded",
+    reason="this version of Transformers makes no FSDP2 groups by dtype, and its Trainer takes no sharded model",
 )
 JOBS = [
     ("context_parallel", 2),
