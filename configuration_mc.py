@@ -1,6 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """MCConfig: every knob of the Memory Caching family."""
 
+import difflib
 import json
 from pathlib import Path
 
@@ -8,7 +9,10 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "memory_caching"
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
@@ -236,6 +240,7 @@ class MCConfig(PreTrainedConfig):
     mc_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
+        self._hint_at_misspellings(kwargs)
         self._check_values()
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
@@ -252,6 +257,13 @@ class MCConfig(PreTrainedConfig):
 
     def _refuse(self, field: str, allowed: str) -> None:
         raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
+
+    def _hint_at_misspellings(self, unknown: dict) -> None:
+        """Transformers keeps names that are no fields as attributes, so they can't be errors."""
+        for name in unknown:
+            near = difflib.get_close_matches(name, self.__dataclass_fields__, 1, 0.8)
+            if near and not name.endswith("_token_id"):  # of which Transformers knows more
+                logger.warning_once(f"MCConfig: `{name}` is not a field and has no effect; is `{near[0]}` meant?")
 
     def _check_values(self) -> None:
         for field, allowed in CHOICES.items():

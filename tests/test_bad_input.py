@@ -86,6 +86,12 @@ def test_combinations_that_mean_nothing(field, value, others, allowed):
     refused(field, value, allowed, **others)
 
 
+def test_a_misspelled_field_is_hinted_at(caplog):
+    """Transformers lets every name through; what resembles none of ours is left alone."""
+    MCConfig(**SMALL, agregation="none", some_attribute=1, sep_token_id=3)
+    assert caplog.messages == ["MCConfig: `agregation` is not a field and has no effect; is `aggregation` meant?"]
+
+
 def test_a_preset_that_does_not_exist():
     with pytest.raises(ValueError, match="`name`='mc-7b' is not known, allowed: .*mc-170m"):
         MCConfig.from_preset("mc-7b")
