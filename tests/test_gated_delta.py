@@ -145,17 +145,6 @@ def test_negative_eigenvalues_are_for_this_memory_only():
         MCConfig(memory="linear", allow_negative_eigenvalues=True)
 
 
-# ------------------------------------------------------------------------------------------------- the whole model
-@pytest.mark.parametrize("fields", [{"memory": "gated_delta"}, {"memory": "lstm", "vector_read": "add"}], ids=str)
-def test_offloaded_parameters_are_in_place(fields):
-    """Offloading keeps weights away except while `forward` of their module runs."""
-    model = build(small_config(**fields))
-    expected = model(tokens(2, 20), use_cache=False).logits
-    pytest.importorskip("accelerate").cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(p.is_meta for p in model.parameters())
-    assert torch.equal(model(tokens(2, 20), use_cache=False).logits, expected)
-
-
 # -------------------------------------------------------------------------------------------------- the package fla
 def stand_in(q, k, v, g, beta, scale, initial_state, output_final_state):
     """The rule of `fla`, `[B, T, H, d]` and a state at the end only, as our op computes it for one segment."""

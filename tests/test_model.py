@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -228,3 +229,19 @@ def test_lora_targets_exist():
         linear = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         assert {"q_proj", "k_proj", "v_proj", "u_proj", "g_proj", "o_proj", "up_proj"} <= linear & set(MC_LORA_TARGETS)
         assert linear - set(MC_LORA_TARGETS) <= {"a_proj", "b_proj", "e_proj", "lm_head"}
+
+
+EVERY_MEMORY = [*combinations(memory=MEMORY_NAMES), {"memory": "lstm", "vector_read": "add"}]
+
+
+@pytest.mark.parametrize("fields", EVERY_MEMORY, ids=name_of)
+def test_offloaded_parameters_are_in_place(fields):
+    """Offloading keeps weights away except while `forward` of their module runs."""
+    model = build(small_config(**fields))
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        expected, written = model(ids, use_cache=False).logits, model.generate(ids, max_new_tokens=10, do_sample=False)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert all(p.is_meta for p in model.parameters())
+        assert torch.equal(model(ids, use_cache=False).logits, expected)
+        assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False), written)

@@ -119,7 +119,7 @@ class DeepTrace(Trace):
 
 
 class HeadNorm(nn.Module):
-    """Scale and shift `[H, d]` of a layer norm per head."""
+    """Scale and shift `[H, d]` of a layer norm per head. A call gives them: it fetches weights that are offloaded."""
 
     def __init__(self, num_heads: int, width: int) -> None:
         super().__init__()
@@ -129,6 +129,9 @@ class HeadNorm(nn.Module):
     def init_weights(self) -> None:
         init.ones_(self.weight)
         init.zeros_(self.bias)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight, self.bias
 
 
 class DeepMemory(Memory):
@@ -160,7 +163,7 @@ class DeepMemory(Memory):
     @property
     def norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale and shift `[H, dv]` of the layer norm at the end of a read, or None."""
-        return (None, None) if self.head_norm is None else (self.head_norm.weight, self.head_norm.bias)
+        return (None, None) if self.head_norm is None else self.head_norm()
 
     @property
     def align(self) -> int:
