@@ -41,8 +41,10 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name)
 def test_python_blocks_run(page: Path, tmp_path, monkeypatch) -> None:
-    """The blocks of a page in their order, as a reader would type them into one session in an empty folder."""
+    """The blocks of a page in their order, as a reader would type them into one session in an empty folder, where
+    only the checkpoints of the repository lie."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards", target_is_directory=True)
     names = {"__name__": "documentation"}
     for line, text in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
