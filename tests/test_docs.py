@@ -110,9 +110,10 @@ def check_program(words: list[str]) -> None:
         assert not [word for word in words[1:] if word.startswith("-")], f"{words[0]} takes no options"
         return None
     found = parse_with_the_program(path, words[1:])
-    if isinstance(fields := getattr(found, "config", None), str) and fields.startswith("{"):
-        assert json.loads(fields).keys() <= {field.name for field in dataclasses.fields(mc.MCConfig)}
-        mc.MCConfig(**json.loads(fields))
+    for option in ("config", "options"):
+        if isinstance(fields := getattr(found, option, None), str) and fields.startswith("{"):
+            assert json.loads(fields).keys() <= {field.name for field in dataclasses.fields(mc.MCConfig)}
+            mc.MCConfig(**json.loads(fields))
     if preset := getattr(found, "preset", None):
         mc.MCConfig.from_preset(preset)
 
@@ -133,12 +134,8 @@ def check_make(words: list[str]) -> None:
 
 
 def check_accelerate(words: list[str]) -> None:
-    from accelerate.commands.config import get_config_parser
     from accelerate.commands.launch import launch_command_parser
 
-    if words[0] == "config":
-        get_config_parser().parse_args(words[1:])
-        return
     assert words[0] == "launch"
     found = launch_command_parser().parse_args(words[1:])
     check_program([found.training_script, *found.training_script_args])
@@ -191,6 +188,7 @@ def test_command_is_understood(words: list[str]) -> None:
         "python examples/no_such_file.py",
         "python examples/train_lm.py --no_such_option 1",
         "python examples/train_lm.py --output_dir x --config '{\"no_such_field\": 1}'",
+        "python examples/recall.py --options '{\"no_such_field\": 1}'",
         "torchrun --nproc_per_node 2 examples/train_lm.py --no_such_option 1",
         "accelerate launch --no_such_option 1 examples/train_lm.py",
         "pip install -e '.[nothing]'",
