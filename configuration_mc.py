@@ -262,7 +262,8 @@ class MCConfig(PreTrainedConfig):
         """Transformers keeps names that are no fields as attributes, so they can't be errors."""
         for name in unknown:
             near = difflib.get_close_matches(name, self.__dataclass_fields__, 1, 0.8)
-            if near and not name.endswith("_token_id"):  # of which Transformers knows more
+            known = name.endswith("_token_id") or hasattr(type(self), name)  # of which Transformers knows more
+            if near and not known:
                 logger.warning_once(f"MCConfig: `{name}` is not a field and has no effect; is `{near[0]}` meant?")
 
     def _check_values(self) -> None:

@@ -119,10 +119,12 @@ def needle() -> list[Cell]:
 
 def language() -> list[Cell]:
     """Byte-level models of source code with about as many parameters each: the MLP makes up for what is missing."""
+    means = ["mean", "mean/checkpoint"]
     plain, hybrid = {"mlp_width": 149}, {"layer_types": ["sliding_attention", "memory_caching"], "mlp_width": 152}
     settings = {
-        "none": {"aggregation": "none", "also": ["mean"]} | plain,
-        "none, linear memory": {"memory": "linear", "aggregation": "none", "also": ["mean"]} | plain,
+        "none": {"aggregation": "none", "also": means} | plain,
+        "none, linear memory": {"memory": "linear", "aggregation": "none", "also": means} | plain,
+        "none, gated delta": {"memory": "gated_delta", "aggregation": "none", "also": means} | plain,
         "residual": {"aggregation": "residual"} | plain,
         "grm": {"aggregation": "grm"},
         "ssc": {"aggregation": "ssc"},

@@ -53,7 +53,7 @@ class LanguageConfig(ExperimentConfig):
     train_length: int = option(256, "bytes per training sequence, T")
     eval_length: int = option(4096, "bytes of every held-out file, a power of two times T")
     also: list[str] = field(
-        default_factory=list, metadata={"help": "read rules to evaluate the trained model with, besides its own"}
+        default_factory=list, metadata={"help": "rules to read the trained model with as well: mean, mean/checkpoint"}
     )
 
 
@@ -80,9 +80,11 @@ def position_losses(model: PreTrainedModel, documents: torch.Tensor, first: int)
     return ranges
 
 
-def read_otherwise(model: PreTrainedModel, aggregation: str, segment_size: int) -> PreTrainedModel:
-    """The same weights under another read rule that needs none of its own."""
+def read_otherwise(model: PreTrainedModel, rule: str, segment_size: int) -> PreTrainedModel:
+    """The same weights under a read rule that needs none of its own: an aggregation, or aggregation/state_init."""
+    aggregation, _, state_init = rule.partition("/")
     fields = model.config.to_dict() | {"aggregation": aggregation, "segment_size": segment_size}
+    fields |= {"state_init": state_init} if state_init else {}
     other = MCForCausalLM(MCConfig(**fields)).to(model.device).eval()
     other.load_state_dict(model.state_dict())
     return other

@@ -43,7 +43,7 @@ class NeedleConfig(ExperimentConfig):
     depths: int = option(8, "places of the needle in evaluation, from the start to the end of the haystack")
     samples: int = option(32, "sequences per length and place")
     also: list[str] = field(
-        default_factory=list, metadata={"help": "read rules to evaluate the trained model with, besides its own"}
+        default_factory=list, metadata={"help": "rules to read the trained model with as well: mean, mean/checkpoint"}
     )
 
 

@@ -90,6 +90,8 @@ def test_a_misspelled_field_is_hinted_at(caplog):
     """Transformers lets every name through; what resembles none of ours is left alone."""
     MCConfig(**SMALL, agregation="none", some_attribute=1, sep_token_id=3)
     assert caplog.messages == ["MCConfig: `agregation` is not a field and has no effect; is `aggregation` meant?"]
+    MCConfig(**MCConfig().to_dict())
+    assert len(caplog.messages) == 1
 
 
 def test_a_preset_that_does_not_exist():
