@@ -239,10 +239,9 @@ def language() -> list[str | Figure]:
     for cell, group in rules.items():
         values = {part: [run["losses"][part]["nats"] for run in group] for part in ranges}
         own = group[0]["own"]
-        speed = spread([run["tokens_per_second"] for run in group], 0) if own else ""
         size = str(group[0]["parameters"])
         name = cell if own else f"{cell} (trained with none)"
-        rows.append([name, *(spread(v) for v in values.values()), size, speed])
+        rows.append([name, *(spread(v) for v in values.values()), size])
         lines[cell] = [(int(part.split("-")[1]), statistics.mean(v)) for part, v in values.items()]
     files = runs[0]["data"]["held_out_files"]
     errors = [part["error"] for group in rules.values() for run in group for part in run["losses"].values()]
@@ -258,9 +257,28 @@ def language() -> list[str | Figure]:
     )
     labels = ("position in the file, bytes", "nats per byte")
     picture = Figure("language", "Loss against position", lambda axes: curves(axes, lines, labels, "x"))
-    head = ["read rule", *(f"bytes {part}" for part in ranges), "parameters", "training bytes/s"]
-    return ["## Language modelling, and caching after training", about, *gains(rules, ranges), picture,
+    head = ["read rule", *(f"bytes {part}" for part in ranges), "parameters"]
+    words = [late(rules, ranges[-1]), *gains(rules, ranges)]
+    return ["## Language modelling, and caching after training", about, " ".join(words), picture,
             markdown(head, rows), origin("language", runs)]  # fmt: skip
+
+
+def late(rules: dict[str, list[dict]], part: str) -> str:
+    """Who predicts the last bytes better than `none`, in words."""
+    means = {
+        cell: statistics.mean(run["losses"][part]["nats"] for run in group)
+        for cell, group in rules.items()
+        if group[0]["own"] and "," not in cell
+    }
+    plain = means.pop("none", None)
+    if plain is None:
+        return ""
+    better, worse = ([f"{cell} ({loss - plain:+.3f})" for cell, loss in sorted(means.items(), key=lambda pair: pair[1])
+                      if (loss < plain) == wanted] for wanted in (True, False))  # fmt: skip
+    return (
+        f"In bytes {part}, where caching should help, below the loss of `none`: {', '.join(better) or 'nothing'}; not "
+        f"below: {', '.join(worse) or 'nothing'}."
+    )
 
 
 def gains(rules: dict[str, list[dict]], ranges: list[str]) -> list[str]:
@@ -308,7 +326,8 @@ def cost() -> list[str | Figure]:
         "fp32, batch 1), and the exponent of time against length over the measured lengths: 1 is linear, 2 quadratic."
     )
     labels = ("tokens", "µs per token, forward + backward")
-    picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, lines, labels, "xy"))
+    long = {case: points for case, points in lines.items() if len(points) > 1}
+    picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, long, labels, "xy"))
     source = (
         f"`python benchmarks/cpu.py` · commit {machine['commit'][:12]} · {machine['cpu']}, {machine['threads']} "
         f"threads · torch {machine['torch']}, Python {machine['python']} · medians of interleaved runs"

@@ -175,11 +175,11 @@ def append(path: Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
-def run(study: str, cell: Cell, settings: dict, progress: bool) -> dict:
-    """Trains once; the record says what ran, where, and how it ended."""
+def run(study: str, cell: Cell, settings: dict, code: str, progress: bool) -> dict:
+    """Trains once; the record says what ran, where, and how it ended. `code` is the commit."""
     config_type, train = TASKS[cell.task]
     record = {
-        "study": study, "cell": cell.name, "task": cell.task, "settings": settings, "commit": commit(),
+        "study": study, "cell": cell.name, "task": cell.task, "settings": settings, "commit": code,
         "command": f"python benchmarks/study.py {study} --cells '{cell.name}' --seeds {settings['seed']}",
         "machine": f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
     }  # fmt: skip
@@ -216,12 +216,13 @@ def main(arguments: list[str] | None = None) -> None:
         for cell, settings in todo:
             print(f"missing: {cell.name}, seed {settings['seed']}, lr {settings['lr']}")
         return
+    code = commit()  # now: files may change while this runs, the code that was imported does not
     end = time.monotonic() + 60 * options.minutes
     for cell, settings in (bar := tqdm(todo)):
         if time.monotonic() > end:
             break
         bar.set_description(f"{cell.name}, seed {settings['seed']}")
-        append(path, run(options.study, cell, settings, progress=sys.stderr.isatty()))
+        append(path, run(options.study, cell, settings, code, progress=sys.stderr.isatty()))
 
 
 if __name__ == "__main__":
