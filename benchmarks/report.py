@@ -333,7 +333,22 @@ def cost() -> list[str | Figure]:
         f"threads · torch {machine['torch']}, Python {machine['python']} · medians of interleaved runs"
     )
     head = ["case", *(f"{n} tokens" for n in lengths), "exponent"]
-    return ["## Cost against length", about, picture, markdown(head, rows), source]
+    return ["## Cost against length", about, picture, markdown(head, rows), source, *beside_others()]
+
+
+def beside_others() -> list[str]:
+    """The ratios of the CPU benchmark's runs."""
+    parts = []
+    for path in sorted(RESULTS.glob("cpu*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        machine, rows = results["machine"], [[name, f"{ratio:.2f}"] for name, ratio in results["ratios"].items()]
+        packages = [f"{name} {machine[name]}" for name in ("memory-caching", "titans-pytorch") if name in machine]
+        source = (
+            f"`benchmarks/results/{path.name}` · commit {machine['commit'][:12]} · {machine['threads']} threads, load "
+            f"{machine['load before the run']} before the run · torch {machine['torch']} · {', '.join(packages)}"
+        )
+        parts += [markdown(["ratio in one run, forward and backward unless named", ""], rows), source]
+    return parts
 
 
 SETTING = (
