@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mc_transformers as mc
 from recall import RecallConfig, draw_test
@@ -40,3 +40,15 @@ def test_recall_answers_at_four_times_the_training_segments():
     cut = ids.clone()
     cut[:, : config.seq_len // 2] = 0  # without the pairs there is nothing to recall
     assert (model(cut).logits.argmax(-1) == labels)[labels != -100].float().mean() < 0.1
+
+
+@torch.no_grad()
+def test_the_language_model_knows_its_language():
+    folder = ROOT / "model_cards" / "checkpoints" / "python-source"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    source = "import os\n\n\nclass Path:\n    def __init__(self, name):\n        self.name = name\n\n    def exists("
+    ids = tokenizer(source, return_tensors="pt").input_ids
+    swapped = ids.flip(1)
+    assert model(ids, labels=ids).loss < 2.5 < model(swapped, labels=swapped).loss
+    out = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(out[0]).startswith(source) and out.shape[1] == ids.shape[1] + 8
