@@ -36,7 +36,8 @@ CHOICES = {
 }
 DEEP_MEMORIES = ("dla", "titans")
 VECTOR_MEMORIES = ("lstm", "gru")
-TRITON_MEMORIES = ("linear", "retention", "gated_linear", "swla")  # every op of theirs has a Triton kernel
+# every op of theirs has a Triton kernel
+TRITON_MEMORIES = ("linear", "retention", "gated_linear", "swla", "dla", "titans")
 # values that are part of the design but that this version does not implement yet
 NOT_YET: dict[str, tuple[str, ...]] = {}
 POSITIVE = (

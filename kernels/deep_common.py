@@ -8,6 +8,7 @@ import torch
 
 
 EPS = 1e-6
+ANSWER, NOTHING = -1, -2  # `read` of a write: the memory's whole answer, none at all, else the number of one map
 
 
 def gelu_backward(grad: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -18,14 +18,14 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from .common import budget, compute_dtype, register_op
-from .deep_common import Norm, gelu_backward, gelu_second, per_head
+from .common import WIDEST_DEEP, budget, choose_backend, compute_dtype, register_op
+from .deep_common import ANSWER, NOTHING, Norm, gelu_backward, gelu_second, per_head
 
 
 BUDGET = 2**22
+LONGEST_CHUNK = 64  # tokens of an inner chunk that the Triton kernels keep on chip
 DENSE = torch.contiguous_format
 NUM_OUTPUTS, DIFFERENTIABLE = 7, 15  # outputs of the op, and how many of its leading inputs receive a gradient
-ANSWER, NOTHING = -1, -2  # for `read`: the memory's whole answer, none at all, else the number of the one map to apply
 
 
 def _t(x: torch.Tensor) -> torch.Tensor:
@@ -436,6 +436,59 @@ def _fake_backward(*args):
     return tuple(empty if x is None else torch.empty_like(x, memory_format=DENSE) for x in leading)
 
 
-deep_write = register_op(
-    "deep_write", deep_write_torch, deep_write_backward_torch, _fake, _fake_backward, differentiable=DIFFERENTIABLE
-)
+deep_write_op = register_op(
+    "deep_write", deep_write_torch, deep_write_backward_torch, _fake, _fake_backward, differentiable=DIFFERENTIABLE,
+    triton="triton_deep_write",
+)  # fmt: skip
+
+
+def deep_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mix: torch.Tensor,
+    enter: torch.Tensor | None,
+    leave: torch.Tensor,
+    trans: torch.Tensor | None,
+    w2: torch.Tensor,
+    w1: torch.Tensor,
+    c2: torch.Tensor | None,
+    c1: torch.Tensor | None,
+    s2: torch.Tensor | None,
+    s1: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    run: torch.Tensor,
+    last: torch.Tensor,
+    loss: str,
+    read: int,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write M inner chunks of c tokens into B rows of deep memories, and answer the same tokens (eq. 30-36).
+
+    Args:
+        q, k, v: `[B, M * c, H, d]`; q is what `read` asks for.
+        mix, enter, leave, trans: the coefficients `[B, M, H, ...]` of every chunk, see above: `[c, c]`, `[c, J]`,
+            `[c, J]` and `[J, J]`, J = 2 with momentum, else 1. None for enter and trans: all 1, the identity.
+        w2, w1: maps at the start, `[B, H, d, h]` and `[B, H, h, d]`. c2, c1: those at the start of the first chunk, if
+            part of it was written before, else None. s2, s1: momentum, or None for 0.
+        scale, shift: `[H, d]` of the layer norm, or None without one.
+        run: `[groups]` int64: B / groups rows in turn form a group; the one of them that leaves C and S.
+        last: `[groups]` int64: the chunk of that row whose C is left.
+        loss: "dot" (-<M(k), v>) or "l2" (|M(k) - v|^2).
+        read: ANSWER, NOTHING, or the number of the one map to apply: 0 to q, or 1 to hidden activations in q's place.
+        backend: "auto", "triton" or "torch", see `choose_backend`; Triton has heads up to WIDEST_DEEP wide and chunks
+            up to LONGEST_CHUNK tokens long.
+
+    Returns:
+        answers `[B, M * c, H, d]` in q's dtype (`[..., h]` of map 0, `[..., 0]` of NOTHING), and in fp32 the maps at
+        the end like w2 and w1, and those of C and of S (empty without momentum) `[groups, H, ...]` of running rows.
+    """
+    backend = choose_backend(backend, "deep_write", q, k.shape[-1], widest=WIDEST_DEEP)
+    if backend == "triton" and mix.shape[-1] > LONGEST_CHUNK:
+        raise ValueError(
+            f"`mc_backend`='triton' is not possible for `deep_write`: `memory_chunk_size` is {mix.shape[-1]}, "
+            f"allowed: up to {LONGEST_CHUNK}; allowed here: 'torch', 'auto'"
+        )
+    arguments = (q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, shift, run, last)
+    return deep_write_op(*arguments, loss, read, backend)

@@ -253,11 +253,15 @@ MODELS = {
 @pytest.mark.parametrize("case", MODELS)
 @pytest.mark.parametrize("memory", ["linear", "swla"])
 def test_model(memory, case):
+    compare_models(small_config(memory, **MODELS[case]))
+
+
+def compare_models(config: MCConfig, length: int = 27) -> None:
     """Logits, all gradients and generated tokens, with padding; padding that is NaN changes nothing."""
-    model = build(small_config(memory, **MODELS[case]))
-    ids = tokens(2, 27)
+    model = build(config)
+    ids, padding = tokens(2, length), length // 3
     mask = torch.ones_like(ids)
-    mask[0, :9] = 0
+    mask[0, :padding] = 0
     found = []
     for backend in ("torch", "triton"):
         model.config.mc_backend = backend
@@ -267,10 +271,10 @@ def test_model(memory, case):
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         with torch.no_grad():
             embedded = model.get_input_embeddings()(ids).masked_fill(mask[..., None] == 0, float("nan"))
-            padded = model(inputs_embeds=embedded, attention_mask=mask).logits[:, 9:]
-        assert relative_error(padded, out.logits[:, 9:].detach()) < 1e-5
+            padded = model(inputs_embeds=embedded, attention_mask=mask).logits[:, padding:]
+        assert relative_error(padded, out.logits[:, padding:].detach()) < 1e-5
         generated = model.generate(
-            ids[:, :20], attention_mask=mask[:, :20], max_new_tokens=6, do_sample=False, pad_token_id=0
+            ids[:, :-7], attention_mask=mask[:, :-7], max_new_tokens=6, do_sample=False, pad_token_id=0
         )
         found.append((out.logits.detach(), grads, generated))
     (logits, grads, generated), (logits_t, grads_t, generated_t) = found
@@ -300,7 +304,7 @@ def test_triton_that_cannot_be_had_is_an_error():
     with pytest.raises(ValueError, match="'triton' is not possible for `op`: Triton has no device 'cpu'"):
         choose_backend("triton", "op", x, 64)
     with pytest.raises(ValueError, match="mc_backend"):
-        MCConfig(memory="dla", mc_backend="triton")
+        MCConfig(memory="gru", mc_backend="triton")
     with pytest.raises(ValueError, match="not possible for `linear_write`"):
         build(small_config("linear", mc_backend="triton"))(tokens(1, 4))
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_deep_memory import visible_of
 from test_kernels_torch import choices, randn, read_inputs
-from test_triton import DTYPES, compare, inside, poison  # noqa: F401, a fixture
+from test_triton import DTYPES, MODELS, compare, compare_models, inside, poison, rms_ratio  # noqa: F401, a fixture
 
+from helpers import small_config
 from mc_transformers.kernels.common import choose_backend
 from mc_transformers.kernels.deep_read import (
     deep_constant_read,
@@ -19,11 +20,12 @@ from mc_transformers.kernels.deep_read import (
     deep_selected_read,
     deep_selected_read_op,
 )
+from mc_transformers.kernels.deep_write import ANSWER, NOTHING, deep_write, deep_write_op
 
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GROUPS = ("read",)
+GROUPS = ("read", "write", "model")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
@@ -134,3 +136,126 @@ def test_read_refuses_what_no_kernel_can_do():
     with pytest.raises(ValueError, match="129 wide, allowed: up to 128"):
         deep_read(*wide, "softmax", "triton")
     assert choose_backend("auto", "deep_read", wide[0], 129, widest=128) == "torch"
+
+
+# ---------------------------------------------------------------------------------------------------------- writes
+WRITES = {  # sizes and flags of `write_inputs`, loss, read
+    "dla": ({"parts": 1, "gated": False}, "dot", ANSWER),
+    "dla-decay": ({"parts": 1, "chunk": 4}, "dot", ANSWER),
+    "titans": ({"chunks": 3}, "l2", ANSWER),
+    "resumed": ({"heads": 2, "resumed": True, "run": [1]}, "l2", ANSWER),
+    "one-chunk-of-one-token": ({"rows": 5, "chunks": 1, "chunk": 1, "resumed": True, "run": [0] * 5}, "l2", ANSWER),
+    "long-chunk": ({"rows": 1, "chunk": 19, "run": [0]}, "l2", ANSWER),
+    "wide": ({"rows": 1, "dim": 70, "hidden": 40, "run": [0]}, "l2", ANSWER),
+    "first-map": ({"resumed": True}, "l2", 0),
+    "second-map": ({"resumed": True}, "l2", 1),
+    "first-map-ungated": ({"parts": 1, "gated": False}, "dot", 0),
+    "no-answers": ({"resumed": True}, "l2", NOTHING),
+}
+
+
+def write_inputs(
+    norm: bool, read: int, rows=2, chunks=2, chunk=5, heads=1, dim=9, hidden=19, parts=2, gated=True, resumed=False,
+    run=(0, 0),
+) -> list:  # fmt: skip
+    """All of `deep_write` but loss and read: rows before the norm have everyday size, and a step moves maps a little,
+    so that fp32 itself is exact enough to be compared with."""
+    tokens, cells = (rows, chunks * chunk, heads), (rows, chunks, heads)
+    maps = [randn(rows, heads, dim, hidden) / dim**0.5, randn(rows, heads, hidden, dim)]
+    bases = [w + 0.1 * randn(*w.shape) if resumed else None for w in maps]
+    momentum = [0.1 * randn(*w.shape) if resumed and parts > 1 else None for w in maps]
+    enter, leave = 0.5 + 0.5 * torch.rand(*cells, chunk, parts), 0.03 * torch.rand(*cells, chunk, parts)
+    return [
+        randn(*tokens, hidden if read == 1 else dim),
+        randn(*tokens, dim),
+        randn(*tokens, dim),
+        (0.03 * randn(*cells, chunk, chunk)).tril(),
+        enter.double() if gated else None,
+        leave.double(),
+        torch.rand(*cells, parts, parts).double().triu() if gated else None,
+        *maps,
+        *bases,
+        *momentum,
+        *((0.3 * randn(heads, dim) + 1, randn(heads, dim)) if norm else (None, None)),
+        torch.tensor(run),
+        torch.tensor([chunks - 1, 0, 0, 0, 0][: len(run)]),
+    ]
+
+
+def write_of(case: str):
+    """The op of one case with its non-empty outputs, and how to draw inputs."""
+    fields, loss, read = WRITES[case]
+
+    def op(*inputs, backend):
+        return tuple(x for x in deep_write(*inputs, loss, read, backend) if x.numel())
+
+    return op, lambda norm: write_inputs(norm, read, **fields)
+
+
+@inside
+@pytest.mark.parametrize(
+    ("case", "norm"), [*((case, True) for case in WRITES), ("dla", False), ("resumed", False), ("second-map", False)]
+)
+def test_write(case, norm, poison):  # noqa: F811
+    """Answers, all ends and all gradients."""
+    op, draw = write_of(case)
+    compare(op, draw(norm), (0, 1, 2), torch.float32)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", ["titans", "second-map"])
+def test_write_half(case, dtype, poison):  # noqa: F811
+    op, draw = write_of(case)
+    compare(op, draw(True), (0, 1, 2), dtype)
+
+
+@inside
+def test_write_some_rows_at_a_time(monkeypatch, poison):  # noqa: F811
+    """The backward of one row after the other, of which only one leaves C and S."""
+    from mc_transformers.kernels import triton_deep_write
+
+    monkeypatch.setattr(triton_deep_write, "STACKS", 1)
+    op, draw = write_of("resumed")
+    compare(op, draw(True), (0, 1, 2), torch.float32)
+
+
+@inside
+def test_write_without_the_gradients_of_ends():
+    """Those of ends that nothing used are not there."""
+    _, loss, read = WRITES["resumed"]
+    inputs = write_of("resumed")[1](True)
+    found = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        given = [x.to(dtype).requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+        answer = deep_write(*given, loss, read, backend)[0]
+        trained = [x for x in given if x is not None and x.requires_grad]
+        found.append(torch.autograd.grad(answer.square().sum(), trained))
+    for expected, actual in zip(*found, strict=True):
+        assert rms_ratio(actual, expected) < 1e-5
+
+
+@inside
+def test_write_is_registered():
+    """Fake implementation and autograd, with the Triton implementation chosen."""
+    inputs = write_inputs(True, ANSWER, rows=1, chunks=1, chunk=2, run=[0])
+    inputs = [x.float().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+    torch.library.opcheck(deep_write_op, (*inputs, "l2", ANSWER, "triton"))
+
+
+@inside
+def test_write_refuses_what_no_kernel_can_do():
+    wrong = ({"dim": 129}, "129 wide, allowed: up to 128"), ({"chunk": 65}, "`memory_chunk_size` is 65")
+    for fields, reason in wrong:
+        inputs = write_inputs(True, ANSWER, rows=1, chunks=1, run=[0], **fields)
+        inputs = [x.float() if x is not None and x.is_floating_point() else x for x in inputs]
+        with pytest.raises(ValueError, match=reason):
+            deep_write(*inputs, "l2", ANSWER, "triton")
+        deep_write(*inputs, "l2", ANSWER, "auto")
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+@inside
+@pytest.mark.parametrize(("memory", "case"), [("titans", "checkpoint"), ("titans", "sub-blocks"), ("dla", "ssc")])
+def test_model(memory, case):
+    compare_models(small_config(memory, **MODELS[case]), length=19)

@@ -17,9 +17,9 @@ from transformers import initialization as init
 
 from ...kernels.chunks import Decay
 from ...kernels.common import autocast_off
-from ...kernels.deep_common import EPS, gelu_backward
+from ...kernels.deep_common import ANSWER, EPS, NOTHING, gelu_backward
 from ...kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
-from ...kernels.deep_write import ANSWER, NOTHING, deep_write
+from ...kernels.deep_write import deep_write
 from ..segments import SegmentTable
 from .base import Bias, Memory, State, Trace, compute_dtype
 
@@ -97,11 +97,15 @@ class DeepTrace(Trace):
 
     Args:
         layout: of the grid. calls: inputs of `deep_write` after q, one tuple per call in the order of time.
-        q: `[R, N, W, H, dk]`. ends: see `Trace`. ready: `(read, x, y)`, the answer that is already there.
+        loss, backend: see `deep_write`. q: `[R, N, W, H, dk]`. ends: see `Trace`. ready: `(read, x, y)`, the answer
+            that is already there.
     """
 
-    def __init__(self, layout: Layout, calls: list[tuple], loss: str, q: torch.Tensor, ends: State, ready: tuple):
-        self.layout, self.calls, self.loss, self.q, self.ends, self.ready = layout, calls, loss, q, ends, ready
+    def __init__(
+        self, layout: Layout, calls: list[tuple], loss: str, backend: str, q: torch.Tensor, ends: State, ready: tuple
+    ) -> None:
+        self.layout, self.calls, self.loss, self.backend = layout, calls, loss, backend
+        self.q, self.ends, self.ready = q, ends, ready
 
     @property
     def online(self) -> torch.Tensor:
@@ -115,7 +119,8 @@ class DeepTrace(Trace):
             return self.ready[2]
         parts = zip(self.layout.tokens(x), self.calls, strict=True)
         with autocast_off(x.device):
-            return self.layout.join([deep_write(part, *call, self.loss, read)[0] for part, call in parts])
+            answers = [deep_write(part, *call, self.loss, read, self.backend)[0] for part, call in parts]
+        return self.layout.join(answers)
 
 
 class HeadNorm(nn.Module):
@@ -241,7 +246,7 @@ class DeepMemory(Memory):
             begun = begun.unflatten(0, (len(run), -1))[torch.arange(len(run), device=q.device), run]
             last = (begun * torch.arange(begun.shape[1], device=q.device)).amax(1)
             calls.append((*inputs, *maps, *norm, run, last))
-            answer, *end = deep_write(queries, *calls[-1], self.loss, read)
+            answer, *end = deep_write(queries, *calls[-1], self.loss, read, self.config.mc_backend)
             answers.append(answer)
             if piece > 0:  # without a token in this piece, the running inner chunk is an earlier one
                 end[2:4] = (rows_where(begun.any(1), c, old) for c, old in zip(end[2:4], ends.pop()[2:4], strict=True))
@@ -253,7 +258,8 @@ class DeepMemory(Memory):
             count = torch.cat([count[:, :1] + state[-1][:, :1], count[:, 1:]], 1)
         count = (count % self.chunk)[..., None].expand(-1, -1, self.num_heads)
         parts = zip(*(end if self.momentum else end[:4] for end in ends), strict=True)
-        return DeepTrace(layout, calls, self.loss, q, (*map(layout.ends, parts), count), (read, q, answer))
+        ends = (*map(layout.ends, parts), count)
+        return DeepTrace(layout, calls, self.loss, self.config.mc_backend, q, ends, (read, q, answer))
 
     def _inputs(self, layout: Layout, q, k, v, gates, table) -> Iterator[tuple]:
         """Per call: queries; keys, values and coefficients; which chunks hold a token `[B, chunks]`."""
