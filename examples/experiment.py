@@ -65,7 +65,13 @@ class ExperimentConfig:
 class OutputConfig:
     """Where the results of a run go."""
 
-    output: str = option("outputs/experiment", "path of the results without extension")
+    output: str | None = option(None, "path of the results without extension, else outputs/ and the program's name")
+
+    def path(self, name: str) -> Path:
+        """The JSON file of the results of the program `name`, in a folder that exists."""
+        path = Path(self.output or f"outputs/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(path.name + ".json")
 
 
 def build_model(config: ExperimentConfig, vocab_size: int, max_length: int) -> PreTrainedModel:

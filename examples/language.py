@@ -12,7 +12,6 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -131,8 +130,7 @@ def train_language(config: LanguageConfig, progress: bool = True) -> dict:
 def main() -> None:
     parser = HfArgumentParser((LanguageConfig, OutputConfig))
     config, out = parser.parse_args_into_dataclasses()
-    path = Path(out.output).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = out.path("language")
     record = {"command": shlex.join(["python", *sys.argv])} | train_language(config)
     save_json(record, path)
     print(json.dumps(record["losses"], indent=2))

@@ -10,7 +10,6 @@ anywhere, evaluated at several lengths and depths:
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, PreTrainedModel
@@ -127,8 +126,7 @@ def train_needle(config: NeedleConfig, progress: bool = True) -> dict:
 
 def main() -> None:
     config, out = HfArgumentParser((NeedleConfig, OutputConfig)).parse_args_into_dataclasses()
-    path = Path(out.output).with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = out.path("needle")
     record = {"command": shlex.join(["python", *sys.argv])} | train_needle(config)
     save_json(record, path)
     for rule, lengths in record["heat"].items():

@@ -160,14 +160,12 @@ def save_plot(record: dict, path: Path) -> bool:
 
 def main() -> None:
     config, out = HfArgumentParser((RecallConfig, OutputConfig)).parse_args_into_dataclasses()
-    path = Path(out.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = out.path("recall")
     record = {"command": shlex.join(["python", *sys.argv])} | train_recall(config)
-    json_path, png_path = (path.with_name(path.name + suffix) for suffix in (".json", ".png"))
-    save_json(record, json_path)
-    drawn = save_plot(record, png_path)
+    save_json(record, path)
+    drawn = save_plot(record, path.with_suffix(".png"))
     print(f"accuracy {record['accuracy']:.3f} after {config.steps} steps, {record['seconds']} s")
-    print(f"written: {json_path}", png_path if drawn else "(no plot: matplotlib is not installed)")
+    print(f"written: {path}", path.with_suffix(".png") if drawn else "(no plot: matplotlib is not installed)")
 
 
 if __name__ == "__main__":
