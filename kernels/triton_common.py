@@ -16,6 +16,8 @@ from .common import triton_interpreted
 
 
 INTERPRETED = tl.constexpr(triton_interpreted())
+# arguments that differ from text to text: no kernel is compiled once more because of their values
+LENGTHS = ["begin", "count", "num", "memories"]
 # offline compilation: `recorder` is called with (kernel, arguments, meta) instead of a launch, for a chip of `target`
 recorder: Callable | None = None
 target: str | None = None

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
+from .triton_common import LENGTHS, chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
 
 
 ELEMENTS = 2**27  # gates that are held at once, unless fewer tokens than PROGRAMS tiles would be left
@@ -24,6 +24,15 @@ def query_blocks(num: int, width: int, groups: int, memories: int) -> Iterator[t
     step = min(num, max(1, tokens // width))
     for first in range(0, num, step):
         yield first, min(step, num - first)
+
+
+def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[dict, int, int]:
+    """Tile of tokens, warps and stages of the kernels that compute logits, without spilled registers."""
+    on, dim = chip(u), power_of_two(u.shape[-1])
+    tile, warps = 64, 8 if dim > 128 and on != "amd" else 4
+    if on == "ampere" and dim * summaries.shape[3] > 128:
+        tile = 16 if dim > 128 else 32
+    return {"BT": min(tile, power_of_two(u.shape[2]))}, warps, 1 if on == "amd" else 2
 
 
 @triton.jit
@@ -54,7 +63,7 @@ def hide(b_logit, o_memory, visible, segment, p_birth, first):
     return tl.where(m_seen[None, :], b_logit, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _gates_kernel(
     u, summaries, online_logit, birth, first, gates, online_gate,
     begin, count, num, width, heads, memories,
@@ -108,7 +117,7 @@ def _gates_kernel(
         tl.store(p_gates[:, None] + o_gate, b_gate, mask=m_t[:, None] & (o_memory < visible)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _gates_backward_kernel(
     gates, grad_gates, shared, u, summaries, online_gate, grad_online, grad_u, grad_logit,
     begin, count, num, width, heads, memories, part_stride, token_stride,
@@ -170,7 +179,7 @@ def _gates_backward_kernel(
     tl.store(grad_u + o_tu, narrow(b_grad_u, grad_u.dtype.element_ty), mask=m_tu)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _summaries_backward_kernel(
     grad_logits, u, summaries, grad_summaries,
     begin, count, num, width, heads, memories,
@@ -229,9 +238,7 @@ class Gates:
             "SIGMOID": function == "sigmoid", "PRECISION": dot_precision(self.u),
             "BN": min(32, power_of_two(self.memories)),
         }  # fmt: skip
-        crowded = chip(u) == "ampere" and power_of_two(self.summary_dim) * summaries.shape[3] > 128
-        tile = min(32 if crowded else 64, power_of_two(self.width))
-        self.configs = [({"BT": tile}, 4, 1 if chip(u) == "amd" else 2)]
+        self.configs = [gate_config(u, summaries)]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return query_blocks(self.num, self.width, self.groups, self.memories)

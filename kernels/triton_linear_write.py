@@ -27,7 +27,7 @@ LEAST_LOG = tl.constexpr(-30.0)  # a decay below e^-30 forgets everything in fp3
 NEVER, FIRST, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which units have a state of their own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])
 def _unit_kernel(
     a, b, c, log_decay, begin, x, y, end, flow,
     num_segments, width, heads, pieces, flow_stride,
@@ -120,7 +120,7 @@ def _unit_kernel(
             tl.store(end + (row * heads + head) * DA * DC + o_state, b_state, mask=m_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def _carry_kernel(
     local, decay, extra, initial, starts, begin, final,
     units, pieces, heads, size,
@@ -183,6 +183,7 @@ class _Units:
         """
         key, value = b.shape[-1], c.shape[-1]
         chunk, block, warps = _tile(b, x is not None)
+        block = block if write else block // 2  # the states alone: with the whole block ptxas spills
         chunk, block = min(chunk, power_of_two(self.width)), min(block, power_of_two(value))
         blocks = triton.cdiv(value, block)
         y = torch.empty_like(c) if write else None

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_width
+from .triton_common import LENGTHS, chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_width
 from .triton_gates import Gates
 
 
@@ -26,7 +26,7 @@ def load_blocks(p_rows, m_rows, width, BLOCK: tl.constexpr, NUMBER: tl.constexpr
     return blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _read_kernel(
     q, states, gates, first, out,
     begin, count, num, width, heads, memories,
@@ -61,7 +61,7 @@ def _read_kernel(
     tl.store(p_out, narrow(b_out, out.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _read_backward_kernel(
     grad_out, q, states, gates, first, grad_q, grad_gates, shared,
     begin, count, num, width, heads, memories, part_stride, token_stride,
@@ -118,7 +118,7 @@ def _read_backward_kernel(
         tl.store(p_grad, narrow(b_grad[number], grad_q.dtype.element_ty), mask=m_t[:, None] & (o_k < DK)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _states_backward_kernel(
     grad_out, q, gates, grad_states,
     begin, count, num, width, heads, memories,
@@ -169,7 +169,7 @@ class _Read:
         """From (tile, warps, stages)."""
         largest = min(power_of_two(self.gates.width), 32 if self.q.dtype == torch.float32 else 128)
         if self.on == "amd":
-            choices = [(64, 4, 2)]
+            choices = [(64, 4, 1 if self.wide else 2)]  # with two stages the wide ones need more than its 64 KiB
         kept = {(min(tile, largest), warps, stages) for tile, warps, stages in choices if tile <= largest}
         kept = sorted(kept, reverse=True) or [(largest, 4, choices[0][2])]
         return [({"BT": tile}, warps, stages) for tile, warps, stages in kept]

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import chip, dot_precision, launch, operand_dtype, power_of_two
-from .triton_gates import block_logits, hide
+from .triton_common import LENGTHS, dot_precision, launch, operand_dtype, power_of_two
+from .triton_gates import block_logits, gate_config, hide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _route_kernel(
     u, summaries, birth, first, chosen,
     num, width, heads, memories,
@@ -73,8 +73,7 @@ def forward(u, summaries, birth, first, top_k):
         "DU": dim, "BU": power_of_two(dim), "BLOCKS": blocks, "K": top_k, "BK": power_of_two(top_k, 2),
         "BN": min(32, power_of_two(memories)), "PRECISION": dot_precision(u),
     }  # fmt: skip
-    crowded = chip(u) == "ampere" and power_of_two(dim) * blocks > 128
-    tile = min(32 if crowded else 64, power_of_two(width))
-    programs = rows * heads * num * triton.cdiv(width, tile)
-    launch(_route_kernel, lambda _: (programs,), args, meta, [({"BT": tile}, 4, 1 if chip(u) == "amd" else 2)])
+    config = gate_config(u, summaries)
+    programs = rows * heads * num * triton.cdiv(width, config[0]["BT"])
+    launch(_route_kernel, lambda _: (programs,), args, meta, [config])
     return chosen

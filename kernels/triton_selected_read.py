@@ -13,7 +13,7 @@ from .triton_common import chip, dot, dot_precision, launch, narrow, operand_dty
 from .triton_segment_read import load_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _tile_kernel(
     rows, other, weights, states, memory, source, out, products,
     top_k, num_pairs,
@@ -49,7 +49,7 @@ def _tile_kernel(
     tl.store(out + pair[:, None] * DY + o_y[None, :], narrow(b_answer, out.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _sum_kernel(
     pairs, index, out, num_tokens,
     K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
