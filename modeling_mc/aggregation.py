@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels.decode_step import gates_of, token_gates
 from ..kernels.segment_read import segment_read
 from ..kernels.selected_read import segment_route
 from .cache import Kept
@@ -74,6 +75,7 @@ class Aggregation:
 
     def __init__(self, config, memory: Memory) -> None:
         self.kind, self.function = config.aggregation, config.gate_function
+        self.gate_function = "one" if memory.own_gates else config.gate_function
         self.top_k, self.memory = config.num_selected_segments, memory
         self.shares_routes = config.route_sharing == "model"
         self.uses_cache = self.kind != "none"
@@ -156,12 +158,7 @@ class Aggregation:
 
     def _gates(self, logits: torch.Tensor, online_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`."""
-        if self.memory.own_gates:
-            return (logits > float("-inf")).to(logits.dtype), torch.ones_like(online_logit)
-        if self.function == "sigmoid":
-            return logits.sigmoid(), online_logit.sigmoid()
-        gates = torch.cat([logits, online_logit[..., None]], -1).softmax(-1)
-        return gates[..., :-1], gates[..., -1]
+        return gates_of(logits, online_logit, self.gate_function)
 
     # --------------------------------------------------------------------------------------------------- one token
     def mix_token(
@@ -182,27 +179,23 @@ class Aggregation:
             q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
             kept: S cached memories per row. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool, those it may read.
         """
-        memory = self.memory
-        answer = memory.read(online[: memory.num_read], q)
-        if not self.uses_cache:
-            return answer
-        q = answer if memory.own_gates else q
+        memory, online = self.memory, online[: self.memory.num_read]
         if not self.uses_gates:
-            weight = visible.to(answer.dtype)
+            answer = memory.read(online, q)
+            if not self.uses_cache:
+                return answer
+            weight, q = visible.to(answer.dtype), answer if memory.own_gates else q
             past = torch.einsum("bs,bshv->bhv", weight, memory.read_cached(kept.all(), q[:, None]))
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
-        logits = torch.einsum("bhd,bshmd->bhsm", u.to(answer.dtype), summaries.to(answer.dtype)).amax(-1)
-        logits = logits.masked_fill(~visible[:, None], float("-inf"))
-        if self.kind == "ssc":
-            index = self._route(routes, time, lambda: logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).indices)
-            gates, online_gate = self._gates(logits.gather(-1, index), online_logit)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.chosen(index), q[:, None]))
-        else:
-            gates, online_gate = self._gates(logits, online_logit)
-            if self.kind == "soup":
-                return memory.read(self._mixed_parameters(gates, kept.all(), online_gate, online), q)
-            past = torch.einsum("bhs,bshv->bhv", gates, memory.read_cached(kept.all(), q[:, None]))
-        return past + online_gate[..., None] * answer
+        index = routes.get(time) if self.shares_routes else None
+        gating = (summaries, visible, index, self.top_k if self.kind == "ssc" else 0, self.gate_function)
+        if self.kind == "soup" and not (memory.num_maps == 1 and memory.config.mc_backend == "triton"):
+            gates, online_gate, _ = token_gates(u, online_logit, *gating)
+            return memory.read(self._mixed_parameters(gates, kept.all(), online_gate, online), q)
+        out, index = memory.token_read(q, u, online, online_logit, kept, *gating)
+        if self.shares_routes:
+            routes[time] = index
+        return out
 
     def past_gates(
         self,

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
+from ..kernels.decode_step import fetch
 from .memories import State
 
 
@@ -49,36 +50,22 @@ LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = memory_caching_mask
 class Kept:
     """Finished segments' states as a cache layer stores them, decoded and moved to the device that reads them."""
 
-    def __init__(self, layer: "MCCacheLayer", device: torch.device) -> None:
-        self.layer, self.device = layer, device
+    def __init__(self, layer: "MCCacheLayer") -> None:
+        self.layer, self.like = layer, layer.tensors["state.0"]
         self.num = len(layer.group("kept"))
         self.num_slots = layer.tensors["kept.0"].shape[1]
 
-    def _decode(self, get) -> State:
-        states = []
-        for i in range(self.num):
-            state = get(self.layer.tensors[f"kept.{i}"]).to(self.device)
-            if self.layer.kept_dtype is not None:
-                state = state.to(self.layer.tensors["state.0"].dtype)
-            if (scale := self.layer.tensors.get(f"scale.{i}")) is not None:
-                state = state * get(scale).to(self.device)
-            states.append(state)
-        return tuple(states)
+    def stored(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tensor `number` of all states `[B, S, H, ...]` as it is stored, and the scale of int8 ones."""
+        return self.layer.tensors[f"kept.{number}"], self.layer.tensors.get(f"scale.{number}")
 
     def all(self) -> State:
         """`[B, S, H, ...]`."""
-        return self._decode(lambda t: t)
+        return tuple(fetch(*self.stored(i), None, self.like) for i in range(self.num))
 
     def chosen(self, index: torch.Tensor) -> State:
         """`[B, k, H, ...]` for slots `[B, H, k]`: only these are fetched and decoded."""
-
-        def get(t: torch.Tensor) -> torch.Tensor:
-            slot = index.to(t.device)
-            row = torch.arange(slot.shape[0], device=t.device)[:, None, None]
-            head = torch.arange(slot.shape[1], device=t.device)[:, None]
-            return t[row, slot, head].transpose(1, 2)
-
-        return self._decode(get)
+        return tuple(fetch(*self.stored(i), index, self.like) for i in range(self.num))
 
 
 @dataclass

@@ -39,7 +39,7 @@ class FenwickHistory(History):
         rank = torch.arange(table.num_segments, device=table.first.device)
         row = torch.arange(len(table.position), device=rank.device)[:, None]
         finished = table.finished_before[:, None] + rank - table.first  # [R, N] segments before, of the same sequence
-        kept = [] if layer is None else [*Kept(layer, row.device).all(), layer.tensors.get("summaries")]
+        kept = [] if layer is None else [*Kept(layer).all(), layer.tensors.get("summaries")]
         slots: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             first = table.first_of_level(level.table)
@@ -62,7 +62,7 @@ class FenwickHistory(History):
         return Caches(tuple(stacked), summaries, birth, torch.zeros_like(birth[:, :1]))
 
     def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
-        kept = [*Kept(layer, row.device).all(), layer.tensors.get("summaries")] if layer.group("kept") else []
+        kept = [*Kept(layer).all(), layer.tensors.get("summaries")] if layer.group("kept") else []
         finished: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             new = level.table.running_index() - 1  # last segment of this level that this grid has finished

@@ -139,7 +139,7 @@ class History:
             old = states[0].shape[1] - level.table.num_segments
             return states, summaries, torch.ones(len(states[0]), old, dtype=torch.bool, device=states[0].device)
         finished = level.table.finished_before[:, None]
-        kept, old = Kept(layer, finished.device).all(), layer.tensors.get("summaries")
+        kept, old = Kept(layer).all(), layer.tensors.get("summaries")
         slots = kept[0].shape[1]
         slot, count = torch.arange(slots, device=finished.device), finished.clamp(max=slots)
         if in_order:
@@ -192,7 +192,7 @@ class History:
     # ---------------------------------------------------------------------------------------------- one token
     def kept(self, layer: MCCacheLayer) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
         """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
-        kept = Kept(layer, layer.position.device)
+        kept = Kept(layer)
         slot = torch.arange(kept.num_slots, device=layer.position.device)
         return kept, layer.tensors.get("summaries"), self._readable(layer, slot)
 

@@ -186,7 +186,7 @@ def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], segment_size: int, num
     rows: dict[str, list[torch.Tensor]] = {}
     for number, part in enumerate(parts):
         finished, rest = divmod(int(part.position), segment_size)
-        states = Kept(part, part.position.device).all()
+        states = Kept(part).all()
         found = {f"kept.{i}": state[:, :finished] for i, state in enumerate(states)}
         if "summaries" in part.tensors:
             found["summaries"] = part.tensors["summaries"][:, :finished]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...kernels.common import compute_dtype
+from ...kernels.decode_step import token_gates
 from ..segments import SegmentTable
 
 
@@ -151,6 +152,16 @@ class Memory(nn.Module):
     def read_cached(self, state: State, q: torch.Tensor) -> torch.Tensor:
         """The same of a finished segment's memory, for memories that answer differently then (`own_gates`)."""
         return self.read(state, q)
+
+    def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
+        """Answers of one token per row from its running state and the kept ones, and the slots that were read; see
+        `kernels.decode_step`. online: the leading tensors of the running state. kept: `cache.Kept`."""
+        answer = self.read(online, q)
+        q = answer if self.own_gates else q
+        gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
+        states = kept.all() if index is None else kept.chosen(index)
+        past = torch.einsum("bhs,bshv->bhv", gates, self.read_cached(states, q[:, None]))
+        return past + online_gate[..., None] * answer, index
 
     def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
         """The pointwise function after map number `index` (soup of memories with several maps)."""

@@ -3,6 +3,7 @@
 
 import torch
 
+from ...kernels.decode_step import decode_step
 from ...kernels.linear_write import linear_write
 from ...kernels.segment_read import segment_read
 from ...kernels.selected_read import selected_read
@@ -42,6 +43,10 @@ class MatrixMemory(Memory):
 
     def selected_read(self, q, weights, states, index):
         return selected_read(q, weights, states[0], index, self.config.mc_backend)
+
+    def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
+        gating = (summaries, visible, index, top_k, function)
+        return decode_step(q, u, online[0], online_logit, *kept.stored(0), *gating, self.config.mc_backend)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
         # the caches are summed before they are read (eq. 13): one matrix per grid segment
