@@ -23,6 +23,7 @@ from .modeling_mc.model import (
     MCModel,
     MCPreTrainedModel,
 )
+from .modeling_mc.warmup import warmup
 
 
 __version__ = "0.1.0"
@@ -49,4 +50,5 @@ __all__ = [
     "MCForTokenClassification",
     "MCModel",
     "MCPreTrainedModel",
+    "warmup",
 ]

@@ -4,6 +4,8 @@ Triton chooses between compiler and interpreter when it is imported, and a proce
 the suite runs this file once per group in a process of its own, and the tests proper exist only there.
 """
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -12,9 +14,11 @@ import pytest
 import torch
 from test_kernels_torch import READS, choices, randn, read_inputs, write_inputs
 
+import mc_transformers as mc
 from helpers import build, relative_error, small_config, tokens
-from mc_transformers import MCConfig
+from mc_transformers import MCCache, MCConfig
 from mc_transformers.kernels.common import choose_backend
+from mc_transformers.kernels.decode_step import decode_step, decode_step_op
 from mc_transformers.kernels.linear_write import linear_write, linear_write_op
 from mc_transformers.kernels.segment_read import segment_read, segment_read_op
 from mc_transformers.kernels.selected_read import segment_route, selected_read, selected_read_op
@@ -23,7 +27,7 @@ from mc_transformers.kernels.selected_read import segment_route, selected_read, 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
-GROUPS = ("linear_write", "segment_read", "selected", "model", "whole")
+GROUPS = ("linear_write", "segment_read", "selected", "decode", "model", "whole")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 DTYPES = list(TOLERANCE)
 
@@ -238,6 +242,141 @@ def test_selected_ops_are_registered():
         torch.library.opcheck(op, (*inputs, "triton"))
 
 
+# ----------------------------------------------------------------------------------------------------- decode_step
+TOKENS = {
+    "grm": {},
+    "sigmoid": {"function": "sigmoid"},
+    "sub-blocks": {"blocks": 3},
+    "one-memory": {"memories": 1},
+    "many-memories": {"rows": 1, "memories": 150, "heads": 1},
+    "wide": {"rows": 1, "key": 130, "value": 70},
+    "narrow": {"key": 1, "value": 9, "summary": 3},
+    "ssc": {"top_k": 2},
+    "ssc-sigmoid": {"top_k": 2, "function": "sigmoid", "blocks": 2},
+    "ssc-of-many": {"rows": 1, "memories": 150, "heads": 1, "top_k": 4},
+    "ssc-wants-more": {"top_k": 9},
+    "ssc-wide": {"rows": 1, "key": 150, "value": 40, "top_k": 3},
+    "route": {"top_k": 2, "given": True},
+}
+
+
+def token_inputs(
+    rows=2, memories=6, heads=2, key=5, value=7, summary=4, blocks=1, top_k=0, function="softmax", given=False,
+    stored=torch.float32,
+):  # fmt: skip
+    """Inputs of `decode_step` in which a row reads nothing and what cannot be read is NaN; and the same in float64."""
+    q, u = randn(rows, heads, key).float(), randn(rows, heads, summary).to(DTYPES[memories % 3])
+    online, logit = randn(rows, heads, key, value).float(), randn(rows, heads).float()
+    states, scale = randn(rows, memories, heads, key, value), None
+    visible = torch.rand(rows, memories) < 0.6
+    visible[-1] = rows == 1
+    if stored == torch.int8:
+        scale = states.abs().amax(-1, keepdim=True).float() / 127
+        states = states / scale
+    states = states.round().to(stored) if stored == torch.int8 else states.to(stored)
+    summaries = randn(rows, memories, heads, blocks, summary).float()
+    index = torch.rand(rows, heads, memories).argsort(-1)[..., :top_k] if given else None
+    rest = (visible, index, top_k, function)
+    exact = [x if x is None else x.double() for x in (q, u, online, logit, states, scale, summaries)]
+    if scale is None:
+        exact[4] = exact[4] * visible[..., None, None, None]
+        states[~visible] = torch.nan
+    else:
+        exact[4] = states
+        scale[~visible] = torch.nan
+        exact[5] = scale.double().nan_to_num()
+    return [q, u, online, logit, states, scale, summaries, *rest], [*exact, *rest]
+
+
+STORED = [torch.bfloat16, torch.float16, torch.int8]
+
+
+@inside
+@pytest.mark.parametrize(
+    "case, stored", [*((case, torch.float32) for case in TOKENS), *itertools.product(("grm", "ssc"), STORED)]
+)
+def test_decode_step(case, stored, poison):
+    inputs, exact = token_inputs(**TOKENS[case], stored=stored)
+    out, chosen = decode_step(*inputs, "triton")
+    expected, known = decode_step(*exact, "torch")
+    assert out.dtype == torch.float32 and rms_ratio(out, expected) < 1e-5
+    if known is None:
+        assert chosen is None
+    else:  # slots beyond what can be read are -1 here, any hidden one there
+        readable = inputs[7][:, None].expand(-1, known.shape[1], -1).gather(-1, known)
+        if not TOKENS[case].get("given"):
+            chosen, known = chosen.where(chosen >= 0, 999), known.where(readable, 999)
+        assert torch.equal(chosen.sort(-1).values, known.sort(-1).values)
+
+
+@inside
+def test_decode_step_in_parts(monkeypatch, poison):
+    """Several programs share the memories of a row and head, and one program takes them all."""
+    from mc_transformers.kernels import triton_decode_step
+
+    inputs, exact = token_inputs(rows=1, memories=37, heads=1)
+    expected, _ = decode_step(*exact, "torch")
+    for programs in (1, 3, 512):
+        monkeypatch.setattr(triton_decode_step, "PROGRAMS", programs)
+        assert rms_ratio(decode_step(*inputs, "triton")[0], expected) < 1e-5
+
+
+@inside
+def test_decode_step_with_a_gradient():
+    """The kernels have none: torch runs."""
+    inputs, exact = token_inputs(top_k=2)
+    inputs[4] = inputs[4].nan_to_num()
+    inputs[0].requires_grad_()
+    decode_step(*inputs, "triton")[0].sum().backward()
+    assert inputs[0].grad.abs().sum() > 0
+
+
+@inside
+def test_decode_step_is_registered():
+    for case in ("grm", "ssc", "route"):
+        inputs, _ = token_inputs(**TOKENS[case])
+        inputs[4] = inputs[4].nan_to_num()
+        torch.library.opcheck(decode_step_op, (*inputs, "triton"))
+
+
+DECODED = {
+    "grm": {"aggregation": "grm"},
+    "soup": {"aggregation": "soup"},
+    "ssc": {"aggregation": "ssc"},
+    "shared-routes": {"aggregation": "ssc", "route_sharing": "model", "num_hidden_layers": 2},
+    "bounded": {"aggregation": "grm", "max_cached_segments": 2},
+    "logarithmic": {"aggregation": "ssc", "segmentation": "logarithmic"},
+}
+
+
+@inside
+@pytest.mark.parametrize(
+    "case, stored", [*((case, None) for case in DECODED), ("grm", torch.bfloat16), ("ssc", torch.int8)]
+)
+def test_decode_in_a_model(case, stored, monkeypatch):
+    """Logits of tokens fed one by one, rows at different places, over a border of segments."""
+    from mc_transformers.kernels import triton_decode_step
+
+    ran, forward = [], triton_decode_step.forward
+    monkeypatch.setattr(triton_decode_step, "forward", lambda *x: ran.append(1) or forward(*x))
+    model = build(small_config("gated_linear", **DECODED[case]))
+    ids = tokens(2, 24)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    found = []
+    for backend in ("torch", "triton"):
+        model.config.mc_backend = backend
+        cache, logits = MCCache(config=model.config, state_dtype=stored), []
+        with torch.no_grad():
+            model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            for t in range(20, 24):
+                logits.append(model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
+        found.append(torch.cat(logits, 1))
+    assert len(ran) == 4 * model.config.num_hidden_layers
+    # a state that comes out differently in the last bit may be rounded to another number
+    assert relative_error(found[1], found[0]) < (1e-5 if stored is None else 1e-2)
+
+
 # ------------------------------------------------------------------------------------------------------- the model
 MODELS = {
     "grm": {"aggregation": "grm"},
@@ -284,6 +423,38 @@ def compare_models(config: MCConfig, length: int = 27) -> None:
     assert torch.equal(generated_t, generated)
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """What the compiler sees of every launch: kernel, constants, and which arguments there are in which dtype."""
+    found = set()
+    for name in ("decode_step", "gates", "linear_write", "segment_read", "segment_route", "selected_read"):
+        module = importlib.import_module(f"mc_transformers.kernels.triton_{name}")
+        launch = module.launch
+
+        def record(kernel, grid, args, meta, configs, *rest, launch=launch):
+            kinds = {key: str(getattr(value, "dtype", None)) for key, value in args.items()}
+            found.add((kernel.__name__, str(sorted(meta.items())), str(sorted(kinds.items())), str(configs)))
+            launch(kernel, grid, args, meta, configs, *rest)
+
+        monkeypatch.setattr(module, "launch", record)
+    return found
+
+
+@inside
+@pytest.mark.parametrize("aggregation", ["grm", "ssc", "none"])
+def test_whole_warmup(aggregation, launched):
+    """Training, prompts of any length and decoding meet only kernels that are warm."""
+    model = build(small_config("gated_linear", aggregation=aggregation, mc_backend="triton"))
+    random = torch.get_rng_state()
+    (line,) = mc.warmup(model)
+    assert line.startswith(f"gated_linear {aggregation} on cpu")
+    assert torch.equal(torch.get_rng_state(), random) and all(p.grad is None for p in model.parameters())
+    warm = set(launched)
+    model(tokens(2, 37), labels=tokens(2, 37)).loss.backward()
+    model.generate(tokens(2, 21), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert len(warm) > 5 and launched == warm
+
+
 @inside
 def test_whole_graph():
     """torch.compile sees through the ops, and the choice survives into the backward."""
@@ -317,6 +488,17 @@ def test_whole_choice():
     for wrong, width, reason in ((x.double(), 64, "dtype is torch.float64"), (x, 257, "257 wide, allowed: up to 256")):
         with pytest.raises(ValueError, match=reason):
             choose_backend("triton", "op", wrong, width)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="about a process where Triton compiles")
+def test_nothing_to_warm_up(caplog):
+    for backend in ("auto", "torch"):
+        assert mc.warmup(build(small_config("linear", mc_backend=backend))) == []
+        assert f"linear grm on cpu runs torch (`mc_backend`='{backend}'): nothing to compile" in caplog.text
+    with pytest.raises(ValueError, match="`model`=Linear has no memory layers"):
+        mc.warmup(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="not possible for `warmup`"):
+        mc.warmup(build(small_config("linear", mc_backend="triton")))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")
