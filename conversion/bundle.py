@@ -72,6 +72,11 @@ def bundle(
     """Bundle a checkpoint of this family. The folder appears when it is complete and, unless `verify` is off, has been
     loaded in a process of its own without this package and gave the same logits.
 
+    Args:
+        checkpoint: folder or Hub name, at `revision`. output: folder to write, which is returned.
+        repo_id: name that the card gives; by default that of the folder. max_shard_size: largest file of weights.
+        overwrite: replace a folder that is there. metadata, results: for the card.
+
     Raises:
         ValueError, OSError: the checkpoint does not load. FileExistsError: there is such an output already.
         RuntimeError: the bundle does not load on its own, or differs.

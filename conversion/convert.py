@@ -178,12 +178,19 @@ def convert(
     "grm" starts as "mean" does, and with one segment as the source itself.
 
     Args:
+        checkpoint: folder with config.json and weights. output: folder to write; it appears when it is complete.
+        source: name of the source format; by default what config.json says.
         dtype: of the weights; "auto" = as they are. Decay rates, gate biases and skips are always fp32.
+        max_shard_size: largest file of weights. overwrite: replace a folder that is there.
         verify: compare the logits with the source's, where they can be the same.
         layers: numbers of the layers of a Transformer that become memory layers.
         fields: of the MCConfig, for example aggregation and segment_size.
 
+    Returns:
+        `output`.
+
     Raises:
+        FileExistsError: there is such an output, and not `overwrite`.
         ValueError: another architecture, a missing piece, weights that are missing, left over or of a wrong shape.
     """
     from .from_mamba2 import in_terms_of_transformers

@@ -60,7 +60,10 @@ def from_training(
     writes it), a folder of accelerate or the Trainer, a state dict in one file, or a model folder.
 
     Args:
+        checkpoint: the file or folder. output: folder to write; it appears when it is complete, and is returned.
         config: config.json of the run; by default beside the weights, or one folder up.
+        dtype: of the weights; "auto" = as they are. max_shard_size: largest file of weights.
+        overwrite: replace a folder that is there.
         fields: of the MCConfig that change, for example aggregation="mean" for caching after training.
 
     Raises:
@@ -89,6 +92,9 @@ def from_training(
 
 def to_state_dict(checkpoint: str, output: str | Path, dtype: str = "auto") -> Path:
     """Write the weights of a model of this family as a plain dictionary of tensors, for `torch.load`.
+
+    Args:
+        checkpoint: folder or Hub name. output: file to write, which is returned. dtype: of the weights.
 
     Raises:
         ValueError: the checkpoint does not load. FileExistsError: there is such a file already.
