@@ -1,0 +1,178 @@
+# Copyright 2026 the mc-transformers authors.
+"""The ops of `kernels/` with random inputs of any size, and how far their Triton kernels are from torch in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from mc_transformers.kernels.common import triton_interpreted
+from mc_transformers.kernels.decode_step import decode_step
+from mc_transformers.kernels.linear_write import linear_write
+from mc_transformers.kernels.segment_read import segment_read
+from mc_transformers.kernels.selected_read import segment_route, selected_read
+
+
+DEVICE = torch.device("cpu" if triton_interpreted() else "cuda")
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5}  # RMS of the error / RMS of the result
+
+
+def rms_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS(error) / RMS(expected); infinite if anything is not finite."""
+    if not actual.isfinite().all():
+        return float("inf")
+    size = expected.double().pow(2).mean().sqrt().item()
+    error = (actual.double() - expected.double()).pow(2).mean().sqrt().item()
+    return error / size if size > 1e-12 else error
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
+@dataclass
+class Size:
+    rows: int
+    num: int
+    width: int
+    heads: int
+    dim: int
+    value: int
+    cached: int = 3
+    top_k: int = 2
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.rows, self.num, self.width, self.heads
+
+    @property
+    def memories(self) -> int:
+        return self.cached + self.num
+
+    @property
+    def pairs(self) -> int:
+        """(token, past memory) pairs of all heads, when every segment reads all that are before it."""
+        return self.rows * self.heads * self.width * sum(self.cached + i for i in range(self.num))
+
+
+@dataclass
+class Op:
+    """A call `(backend, *inputs)`, its inputs (those at the places `half` get the dtype that is asked for), and how
+    many multiply-adds its forward needs at least."""
+
+    call: Callable
+    inputs: list
+    half: tuple[int, ...]
+    products: int
+
+
+def write_op(size: Size) -> Op:
+    q, k, v = unit(randn(*size.grid, size.dim)), unit(randn(*size.grid, size.dim)), randn(*size.grid, size.value)
+    log_decay = F.logsigmoid(randn(*size.grid) + 4)
+    initial = randn(size.rows, size.heads, size.dim, size.value) / 4
+    tokens = size.rows * size.num * size.width * size.heads
+    return Op(
+        lambda backend, *x: linear_write(*x, None, True, backend), [q, k, v, log_decay, initial], (0, 1, 2),
+        tokens * (32 * (size.dim + size.value) + 2 * size.dim * size.value),
+    )  # fmt: skip
+
+
+def _memories(size: Size) -> tuple[torch.Tensor, ...]:
+    """States, summaries, birth and first."""
+    birth = torch.cat([torch.zeros(size.cached), torch.arange(1, size.num + 1)]).long().to(DEVICE)
+    first = torch.zeros(size.rows, size.num, dtype=torch.int64, device=DEVICE)
+    return (
+        randn(size.rows, size.memories, size.heads, size.dim, size.value),
+        randn(size.rows, size.memories, size.heads, 1, size.dim) / 4,
+        birth.expand(size.rows, -1).contiguous(),
+        first,
+    )
+
+
+def read_op(size: Size) -> Op:
+    states, summaries, birth, first = _memories(size)
+    q, u = unit(randn(*size.grid, size.dim)), randn(*size.grid, size.dim) / 4
+    return Op(
+        lambda backend, *x: segment_read(*x, "softmax", backend),
+        [q, u, states, summaries, randn(*size.grid), birth, first], (0, 1, 2), size.pairs * size.dim * size.value,
+    )  # fmt: skip
+
+
+def route_op(size: Size) -> Op:
+    inputs = [randn(*size.grid, size.dim), *_memories(size)[1:]]
+    return Op(
+        lambda backend, *x: segment_route(*x, size.top_k, backend), inputs, (0,), size.pairs * size.dim
+    )  # fmt: skip
+
+
+def selected_op(size: Size) -> Op:
+    states, summaries, birth, first = _memories(size)
+    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")
+    inputs = [unit(randn(*size.grid, size.dim)), randn(*index.shape).softmax(-1) * (index >= 0), states]
+    products = index.numel() * size.dim * size.value
+    return Op(lambda backend, *x: selected_read(*x, index, backend), inputs, (0, 2), products)
+
+
+def decode_op(size: Size) -> Op:
+    """One token per row; it has no gradient."""
+    states, summaries, _, _ = _memories(size)
+    visible = torch.ones(size.rows, size.memories, dtype=torch.bool, device=DEVICE)
+    q, u = unit(randn(size.rows, size.heads, size.dim)), randn(size.rows, size.heads, size.dim) / 4
+    online, logit = randn(size.rows, size.heads, size.dim, size.value), randn(size.rows, size.heads)
+
+    def call(backend: str, q, u, online, logit, states, summaries) -> torch.Tensor:
+        with torch.no_grad():
+            return decode_step(
+                q, u, online, logit, states, None, summaries, visible, top_k=size.top_k, backend=backend
+            )[0]
+
+    products = size.rows * size.heads * (1 + size.top_k) * size.dim * size.value
+    return Op(call, [q, u, online, logit, states, summaries], (1, 4), products)
+
+
+OPS: dict[str, Callable[[Size], Op]] = {
+    "linear_write": write_op,
+    "segment_read": read_op,
+    "segment_route": route_op,
+    "selected_read": selected_op,
+    "decode_step": decode_op,
+}
+
+
+def rounded(op: Op, dtype: torch.dtype) -> list:
+    return [
+        x.to(dtype if place in op.half else torch.float32) if x.is_floating_point() else x
+        for place, x in enumerate(op.inputs)
+    ]
+
+
+def results(call: Callable, inputs: list, cotangents: list | None = None) -> tuple[list, list]:
+    """Outputs with the gradients of all float inputs, and the gradients that were sent in."""
+    inputs = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    outputs = call(*inputs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if not outputs[0].is_floating_point() or not outputs[0].requires_grad:
+        return outputs, []
+    cotangents = cotangents or [randn(*x.shape, dtype=x.dtype) for x in outputs]
+    total = sum((x * c.to(x.dtype)).sum() for x, c in zip(outputs, cotangents, strict=True))
+    leaves = [x for x in inputs if x.requires_grad]
+    return outputs + list(torch.autograd.grad(total, leaves)), cotangents
+
+
+def check(build: Callable[[Size], Op], size: Size, dtype: torch.dtype) -> dict:
+    """How far the kernels are from torch in float64 on the same inputs."""
+    op = build(size)
+    inputs = rounded(op, dtype)
+    actual, cotangents = results(lambda *x: op.call("triton", *x), inputs)
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
+    expected, _ = results(lambda *x: op.call("torch", *x), exact, [c.double() for c in cotangents])
+    if not actual[0].is_floating_point():
+        equal = (actual[0] == expected[0]).double().mean().item()
+        return {"equal": equal, "ok": equal > 0.999}
+    errors = [rms_ratio(a, e) for a, e in zip(actual, expected, strict=True)]
+    return {"errors": errors, "ok": max(errors) < TOLERANCE[dtype]}
