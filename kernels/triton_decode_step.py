@@ -114,12 +114,12 @@ def _token_kernel(
         else:
             b_memory = place + tl.arange(0, 1)
             b_logit = tl.load(p_logits + b_memory)
-        b_gate = tl.sigmoid(b_logit) if SIGMOID else tl.exp(b_logit - b_max) / b_sum
+        b_weight = tl.sigmoid(b_logit) if SIGMOID else tl.exp(b_logit - b_max) / b_sum  # [1]
         m_read = b_logit > float("-inf")  # what is not read is not fetched, and may hold anything
         slot = (row * memories + tl.maximum(b_memory, 0)) * heads + head
         p_state = states + (slot * DK * DV)[:, None] + o_state
         b_state = tl.load(p_state, mask=mask & m_read[:, None], other=0.0).to(tl.float32)
-        b_key = b_gate * b_q
+        b_key = b_weight * b_q
         if SCALED:
             b_key *= tl.load(scale + slot * DK + o_k, mask=m_k & m_read, other=0.0).to(tl.float32)
         b_out += b_key[:, None] * b_state
