@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_common import dot_precision, launch, narrow, operand_dtype
+from .triton_common import LENGTHS, dot_precision, launch, narrow, operand_dtype
 from .triton_deep_common import (
     backward_sizes,
     inner_answers,
@@ -41,7 +41,7 @@ def _place(begin, count, num, width, heads, BT: tl.constexpr):
     return group, group // heads, group % heads, begin + local, local, place % tiles * BT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _read_kernel(
     q, w2, w1, gates, scale, shift, first, out,
     begin, count, num, width, heads, memories,
@@ -73,7 +73,7 @@ def _read_kernel(
     tl.store(out + token * D + o_td, narrow(b_sum, out.dtype.element_ty), mask=m_td)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _read_backward_kernel(
     grad_out, q, w2, w1, gates, scale, shift, first, grad_q, grad_gates, shared, grad_r, grad_norm,
     begin, count, num, width, heads, memories,
@@ -129,7 +129,7 @@ def _read_backward_kernel(
         tl.store(p_norm + D, tl.sum(b_all, 0), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _maps_backward_kernel(
     q, grad_r, w2, w1, grad_w2, grad_w1,
     begin, count, num, width, heads, memories,

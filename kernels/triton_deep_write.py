@@ -35,7 +35,7 @@ from .triton_deep_write_backward import write_backward_kernel
 STACKS = 2**29  # elements of the stacks that a backward holds at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
 def _write_kernel(
     q, k, v, mix, enter, leave, trans, stack2, stack1, scale, shift, run, last, out, c2_end, c1_end,
     first_row, chunks, heads, group_size, slots, step,

@@ -50,7 +50,7 @@ def _block(x, first, start, H: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr)
     return x + first + tl.arange(0, BC)[:, None] * H + o_h[None, :], (o_h < H)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
 def write_backward_kernel(
     q, k, v, mix, enter, leave, trans, stack2, stack1, scale, shift, run, last,
     grad_out, grad_c2_end, grad_c1_end, grad_stack2, grad_stack1, kept, grad_q, grad_k, grad_v, grad_mix,
