@@ -1,13 +1,18 @@
 # Copyright 2026 the mc-transformers authors.
 """Compile every Triton kernel for GPUs that are not there, and write down what the compilers say.
 
-    python benchmarks/compile_table.py          # rewrites compile_table.json (minutes)
+    python benchmarks/compile_table.py                       # everything (about half an hour on one CPU core)
+    python benchmarks/compile_table.py --only segment_read   # the cases whose name starts so; the rest stays
+    python benchmarks/compile_table.py --missing             # what the table lacks, or what is launched otherwise now
+    python benchmarks/compile_table.py --markdown            # the table of docs/kernels.md, from what is written
 
 The launches are the ones that the ops make: the ops run on meta tensors, and `triton_common.recorder` catches each
 kernel with its arguments. Registers and stack come from cuobjdump, tensor-core instructions from nvdisasm, both of the
-Triton wheel; for AMD from the metadata in the assembly. STACK > 0 means registers were spilled.
+Triton wheel; for AMD from the metadata in the assembly. STACK > 0 means registers were spilled. The result is written
+after every case and Triton keeps what it has compiled, so a run that was stopped goes on where it was.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -22,10 +27,17 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mc_transformers.kernels import triton_common, triton_linear_write, triton_segment_read
+from mc_transformers.kernels import (
+    triton_common,
+    triton_decode_step,
+    triton_linear_write,
+    triton_segment_read,
+    triton_segment_route,
+    triton_selected_read,
+)
 
 
-TABLE = Path(__file__).with_name("compile_table.json")
+TABLE = Path(__file__).parent / "results" / "compile_table.json"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,16 +67,17 @@ class Launch:
         options = {key: self.meta[key] for key in ("num_warps", "num_stages")}
         constants = {key: value for key, value in self.meta.items() if key not in options}
         signature, aligned = {}, {}
-        for place, name in enumerate(self.kernel.arg_names):
-            value = self.args.get(name)
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.args.get(parameter.name)
+            known = not parameter.do_not_specialize  # the compiler may know that it is 1 or a multiple of 16
             if name in constants:
                 signature[name] = "constexpr"
-            elif value is None or (isinstance(value, int) and value == 1):
+            elif value is None or (known and isinstance(value, int) and value == 1):
                 signature[name], constants[name] = "constexpr", value
             else:
                 signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-                if isinstance(value, torch.Tensor) or value % 16 == 0:
-                    aligned[(place,)] = [["tt.divisibility", 16]]
+                if known and (isinstance(value, torch.Tensor) or value % 16 == 0):
+                    aligned[(parameter.num,)] = [["tt.divisibility", 16]]
         return ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=aligned), options
 
     def compile(self, target: str) -> dict:
@@ -88,8 +101,9 @@ class Launch:
         return used | {"tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code))}
 
 
-def record(run: Callable, target: str) -> list[Launch]:
-    """The launches that `run` makes on a chip, each once."""
+def record(run: Callable, target: str) -> dict[str, Launch]:
+    """The launches that `run` makes on a chip, each once, as "kernel number" where one kernel is launched in several
+    ways."""
     launches: list[Launch] = []
     triton_common.recorder = lambda *launch: launches.append(Launch(*launch))
     triton_common.target = CHIPS[target]
@@ -97,74 +111,184 @@ def record(run: Callable, target: str) -> list[Launch]:
         run()
     finally:
         triton_common.recorder = triton_common.target = None
-    kinds = {(x.kernel.__name__, str(sorted(x.meta.items())), str(x.source()[0].signature)): x for x in launches}
-    return list(kinds.values())
+    named: dict[str, Launch] = {}
+    seen: dict[str, list] = {}
+    for launch in launches:
+        name = launch.kernel.__name__
+        kind = (sorted(launch.meta.items(), key=str), launch.source()[0].signature)
+        if kind not in seen.setdefault(name, []):
+            seen[name].append(kind)
+            named[f"{name} {len(seen[name])}"] = launch
+    return named
 
 
 # ------------------------------------------------------------------------------------------------------ what is run
-ROWS, SEGMENTS, WIDTH, HEADS, CACHED = 2, 16, 256, 16, 16
+ROWS, SEGMENTS, WIDTH, HEADS, CACHED, TOP_K = 2, 16, 256, 16, 16, 4
 
 
-def grid(*width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(ROWS, SEGMENTS, WIDTH, HEADS, *width, dtype=dtype, device="meta")
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def linear_write(width: int, dtype: torch.dtype, decay: bool = True, carry: bool = False) -> None:
+def grid(*width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return empty(ROWS, SEGMENTS, WIDTH, HEADS, *width, dtype=dtype)
+
+
+def visibility() -> tuple[torch.Tensor, torch.Tensor]:
+    """`birth` and `first` of the reads."""
+    return empty(ROWS, CACHED + SEGMENTS, dtype=torch.int64), empty(ROWS, SEGMENTS, dtype=torch.int64)
+
+
+def linear_write(width: int, dtype: torch.dtype, decay: bool = True) -> None:
     q, k, v, go = (grid(width, dtype=dtype) for _ in range(4))
-    log_decay = grid(dtype=torch.float32) if decay else None
-    states = torch.empty(ROWS, SEGMENTS, HEADS, width, width, device="meta")
-    initial = states[:, 0] if carry else None
-    triton_linear_write.forward(q, k, v, log_decay, initial, None, carry)
-    triton_linear_write.backward(go, states, q, k, v, log_decay, initial, None, carry)
+    log_decay = grid() if decay else None
+    states = empty(ROWS, SEGMENTS, HEADS, width, width)
+    for initial, carry in ((None, False), (states[:, 0], True)):
+        triton_linear_write.forward(q, k, v, log_decay, initial, None, carry)
+        triton_linear_write.backward(go, states, q, k, v, log_decay, initial, None, carry)
 
 
 def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str = "softmax") -> None:
     q, u, out = (grid(width, dtype=dtype) for _ in range(3))
-    memories = CACHED + SEGMENTS
-    states = torch.empty(ROWS, memories, HEADS, width, width, device="meta")
-    summaries = torch.empty(ROWS, memories, HEADS, blocks, width, device="meta")
-    logit, birth, first = (
-        grid(dtype=torch.float32),
-        torch.empty(ROWS, memories, dtype=torch.int64, device="meta"),
-        torch.empty(ROWS, SEGMENTS, dtype=torch.int64, device="meta"),
-    )
-    inputs = (q, u, states, summaries, logit, birth, first, function)
+    states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
+    summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
+    inputs = (q, u, states, summaries, grid(), *visibility(), function)
     triton_segment_read.forward(*inputs)
-    triton_segment_read.backward(out, logit, out, logit, *inputs)
+    triton_segment_read.backward(out, grid(), out, grid(), *inputs)
+
+
+def segment_route(width: int, dtype: torch.dtype, blocks: int = 1) -> None:
+    summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
+    triton_segment_route.forward(grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
+
+
+def selected_read(width: int, dtype: torch.dtype) -> None:
+    q, out = (grid(width, dtype=dtype) for _ in range(2))
+    states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
+    inputs = (q, grid(TOP_K), states, grid(TOP_K, dtype=torch.int64))
+    triton_selected_read.forward(*inputs)
+    triton_selected_read.backward(out, *inputs)
+
+
+def decode_step(width: int, dtype: torch.dtype) -> None:
+    """One token; finished states as a cache of `dtype` holds them."""
+    q, u, logit = empty(ROWS, HEADS, width), empty(ROWS, HEADS, width, dtype=dtype), empty(ROWS, HEADS)
+    online, states = empty(ROWS, HEADS, width, width), empty(ROWS, CACHED, HEADS, width, width, dtype=dtype)
+    summaries, visible = empty(ROWS, CACHED, HEADS, 1, width), empty(ROWS, CACHED, dtype=torch.bool)
+    for top_k in (0, TOP_K):
+        triton_decode_step.forward(q, u, online, logit, states, None, summaries, visible, None, top_k, "softmax")
+
+
+# forward and backward of one op on meta tensors, from the width of a head and the dtype
+OPS: dict[str, Callable[[int, torch.dtype], None]] = {
+    "linear_write": linear_write,
+    "segment_read": segment_read,
+    "segment_route": segment_route,
+    "selected_read": selected_read,
+    "decode_step": decode_step,
+}
+# flags, at one width
+VARIANTS: dict[str, Callable[[int, torch.dtype], None]] = {
+    "linear_write no-decay": lambda width, dtype: linear_write(width, dtype, decay=False),
+    "segment_read sub-blocks": lambda width, dtype: segment_read(width, dtype, 4),
+    "segment_read sigmoid": lambda width, dtype: segment_read(width, dtype, function="sigmoid"),
+    "segment_route sub-blocks": lambda width, dtype: segment_route(width, dtype, 4),
+}
 
 
 def cases() -> Iterator[tuple[str, Callable]]:
-    """Names and runs: the preset widths in bf16, and the other dtypes and flags at one width."""
-    for name, width in WIDTHS.items():
-        yield f"linear_write {name} bf16", lambda width=width: linear_write(width, torch.bfloat16)
-        yield f"segment_read {name} bf16", lambda width=width: segment_read(width, torch.bfloat16)
-    yield "segment_read d64 sub-blocks bf16", lambda: segment_read(64, torch.bfloat16, 4)
-    yield "segment_read d64 sigmoid bf16", lambda: segment_read(64, torch.bfloat16, function="sigmoid")
-    yield "segment_read d64 fp16", lambda: segment_read(64, torch.float16)
-    yield "segment_read d64 fp32", lambda: segment_read(64, torch.float32)
-    yield "linear_write d64 no-decay bf16", lambda: linear_write(64, torch.bfloat16, decay=False)
-    yield "linear_write d64 carry bf16", lambda: linear_write(64, torch.bfloat16, carry=True)
-    yield "linear_write d64 fp16", lambda: linear_write(64, torch.float16)
-    yield "linear_write d64 fp32", lambda: linear_write(64, torch.float32)
+    """Names and runs: the preset widths in bf16 (fp16 differs in nothing that counts), fp32 and flags at width 64."""
+    for op, run in OPS.items():
+        for preset, width in WIDTHS.items():
+            yield f"{op} {preset} bf16", lambda run=run, width=width: run(width, torch.bfloat16)
+    for op, run in OPS.items():
+        yield f"{op} d64 fp32", lambda run=run: run(64, torch.float32)
+    for name, run in VARIANTS.items():
+        yield f"{name} d64 bf16", lambda run=run: run(64, torch.bfloat16)
 
 
-def table(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> dict[str, dict]:
-    """Compile the cases whose name starts with `only`: {"case / kernel number": {target: numbers}}."""
-    chosen = [(name, run) for name, run in cases() if name.startswith(only)]
-    rows: dict[str, dict] = {}
-    for name, run in tqdm(chosen, disable=len(chosen) < 2):
-        for target in targets:
-            for number, launch in enumerate(record(run, target)):
-                row = rows.setdefault(f"{name} / {launch.kernel.__name__} {number}", {})
-                row[target] = launch.compile(target) | {"meta": launch.meta}
-    return rows
+# -------------------------------------------------------------------------------------------------------- the table
+def save(rows: list[dict]) -> None:
+    """One line per kernel and target."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    partial = TABLE.with_suffix(".partial")
+    partial.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    partial.rename(TABLE)
+
+
+def current(rows: list[dict], launched: dict[str, Launch]) -> bool:
+    """Whether the rows of a case and target are those of what is launched now."""
+    known = {row["kernel"]: row["meta"] for row in rows}
+    return known == json.loads(json.dumps({name: launch.meta for name, launch in launched.items()}))
+
+
+def compile_all(only: str, targets: list[str], missing: bool) -> None:
+    """Compile the cases whose name starts with `only`, and replace their rows in the table."""
+    known = load() if TABLE.exists() else {"triton": triton.__version__, "rows": []}
+    every = dict(cases())
+    table: dict[tuple[str, str], list[dict]] = {}
+    for row in known["rows"] if known["triton"] == triton.__version__ else []:
+        table.setdefault((row["case"], row["target"]), []).append(row)
+    chosen = [(name, target) for target in targets for name in every if name.startswith(only)]
+    work = {key: record(every[key[0]], key[1]) for key in chosen}
+    work = {key: x for key, x in work.items() if not (missing and current(table.get(key, []), x))}
+    with tqdm(total=sum(map(len, work.values()))) as progress:
+        for (name, target), launched in work.items():
+            found = []
+            for kernel, launch in launched.items():
+                progress.set_postfix_str(f"{name} {target} {kernel}")
+                about = {"case": name, "kernel": kernel, "target": target}
+                found.append(about | launch.compile(target) | {"meta": launch.meta})
+                progress.update()
+            table[name, target] = found
+            save([row for name in every for target in TARGETS for row in table.get((name, target), [])])
+
+
+def load() -> dict:
+    """What is committed: `triton` (version) and `rows` with case, kernel, target, registers, stack and shared (bytes),
+    tensor_core (instructions) and meta (compile-time constants)."""
+    return json.loads(TABLE.read_text())
+
+
+def markdown(table: dict) -> str:
+    """The table of docs/kernels.md: kernels of the preset widths on sm_90, and the worst of all cases per target."""
+    rows = table["rows"]
+    lines = [
+        f"Triton {table['triton']}; {len({(row['case'], row['kernel']) for row in rows})} kernels and shapes:",
+        "",
+        "| target | compiled | with spilled registers | most shared memory, KiB of | over it |",
+        "|---|---|---|---|---|",
+    ]
+    for target, limit in SHARED_LIMIT.items():
+        here = [row for row in rows if row["target"] == target]
+        spilled = sum(row["stack"] > 0 for row in here)
+        over = sum(row["shared"] > limit for row in here)
+        most = max(row["shared"] for row in here) / 1024
+        lines.append(f"| {target} | {len(here)} | {spilled} | {most:.0f} of {limit // 1024} | {over} |")
+    lines += ["", "Registers on sm_90, bf16 (with spilled bytes after a +):", ""]
+    lines.append(f"| kernel | {' | '.join(f'd = {width}' for width in WIDTHS.values())} |")
+    lines.append("|---" * (len(WIDTHS) + 1) + "|")
+    for op in OPS:
+        here = {(row["kernel"], row["case"]): row for row in rows if row["target"] == "sm_90"}
+        cases_of = [f"{op} {preset} bf16" for preset in WIDTHS]
+        for kernel in dict.fromkeys(kernel for kernel, case in here if case in cases_of):
+            found = [here.get((kernel, case)) for case in cases_of]
+            cells = [f"{x['registers']}{'+' + str(x['stack']) if x['stack'] else ''}" if x else "" for x in found]
+            lines.append(f"| `{op}` {kernel.strip('_').replace('_kernel', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    result = {"triton": triton.__version__, "kernels": table()}
-    partial = TABLE.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.rename(TABLE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name starts with this")
+    parser.add_argument("--missing", action="store_true", help="only what the table lacks or what changed")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--markdown", action="store_true", help="print the committed table and compile nothing")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(load()))
+    else:
+        compile_all(args.only, args.targets, args.missing)
 
 
 if __name__ == "__main__":
