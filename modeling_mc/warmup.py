@@ -21,9 +21,8 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
     """Compile the Triton kernels that `model` needs, so that no step of a training and no token has to wait for them.
 
     A layer of every kind runs on random tokens: forward and backward, a prompt, its continuation and one token more.
-    Triton keeps kernels on disk, so a second process starts fast. What is not covered: texts shorter than a segment,
-    and with deep memories counts that are 1 or no multiple of 16. Weights, gradients and random numbers stay as they
-    are.
+    Triton keeps kernels on disk, so a second process starts fast. What is not covered: texts shorter than a segment.
+    Weights, gradients and random numbers stay as they are.
 
     Args:
         model: of this family, also wrapped (PEFT), on the device and in the dtype in which it will run.
