@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
+from transformers.utils import hub as transformers_hub
 
 from helpers import build, small_config, tokens
 from mc_transformers import MCForCausalLM
@@ -27,6 +28,7 @@ def hub(monkeypatch):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # another test may have made it for the real Hub
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
