@@ -110,6 +110,7 @@ def test_import_from_the_repository_root_with_the_pypi_package_kernels(tmp_path)
     # the version has to be one that the installed Transformers wants, or it would not touch the package at all
     version = python("from transformers.utils import import_utils as u; print(u.KERNELS_MIN_VERSION)").strip()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
+    (info / "top_level.txt").write_text("kernels\n")
     assert python(IMPORT_BOTH, path=(tmp_path,)).split() == ["True"]
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
@@ -16,7 +18,11 @@ HYBRIDS = [
 ]
 BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in ready("cache_eviction")]
 VARIANTS = [{"memory": "swla", "state_init": "checkpoint"}, {"aggregation": "residual"}, {"aggregation": "none"}]
-ALL = KINDS + HYBRIDS + BOUNDED + VARIANTS
+OLD = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="sliding-window layers of older versions, 5.16 at least, return more than their mask covers when recording",
+)
+ALL = [*KINDS, HYBRIDS[0], pytest.param(HYBRIDS[1], marks=OLD), *BOUNDED, *VARIANTS]
 
 
 @pytest.fixture(autouse=True)

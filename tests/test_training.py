@@ -44,7 +44,7 @@ def test_gradient_checkpointing(fields):
     model = build(small_config(**fields, num_hidden_layers=2)).train()
     ids = tokens(2, 3 * SIZE + 3)
     expected = loss_and_gradients(model, ids)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     runs = []
     handle = model.model.layers[0].input_layernorm.register_forward_hook(lambda *args: runs.append(1))
     actual = loss_and_gradients(model, ids)
@@ -89,7 +89,7 @@ def test_trainer(tmp_path):
     assert len(losses) == 3
     for arguments in (
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
-        {"per_device_train_batch_size": 4, "activation_checkpointing": True},
+        {"per_device_train_batch_size": 4, "gradient_checkpointing": True},
     ):
         others, other = trained(tmp_path, data, **arguments)
         assert others == pytest.approx(losses, rel=1e-3)  # the log rounds
