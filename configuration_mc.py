@@ -24,7 +24,7 @@ CHOICES = {
     "vector_read": ("multiply", "add"),
     "gate_source": ("projection", "query"),
     "gate_function": ("softmax", "sigmoid"),
-    "segment_summary": ("keys", "hidden"),
+    "segment_summary": ("keys", "hidden", "position"),
     "cache_eviction": ("oldest", "least_read"),
     "route_sharing": ("layer", "model"),
     "gate_form": ("sigmoid", "step"),
@@ -119,8 +119,9 @@ class MCConfig(PreTrainedConfig):
         gate_source (`str`, defaults to `"projection"`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
         gate_function (`str`, defaults to `"softmax"`): "softmax" over the memories read, or "sigmoid", each gate on
             its own.
-        segment_summary (`str`, defaults to `"keys"`): what the segment descriptor averages: "keys" as written, or
-            "hidden" (the mixer's input, cut into heads).
+        segment_summary (`str`, defaults to `"keys"`): what the segment descriptor averages: "keys" as written,
+            "hidden" (the mixer's input, cut into heads), or "position" (sines and cosines of the tokens' positions:
+            a gate without segment context, the ablation of the paper's Table 5; for keys of even width).
         summaries_per_segment (`int`, defaults to `1`): m > 1: one mean per sub-block of a segment, its score is the
             largest.
         memory_chunk_size (`int`, defaults to `16`): inner chunk of deep memories, the same in training and decoding.
@@ -321,6 +322,8 @@ class MCConfig(PreTrainedConfig):
         if self.conv_bias and not self.conv_kernel_size:
             self._refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
         self._check_rope()
+        if self.segment_summary == "position" and self.memory_key_dim % 2:
+            self._refuse("segment_summary", f"'keys' or 'hidden' with keys of odd width {self.memory_key_dim}")
         if self.segment_summary == "hidden":
             if self.hidden_size % self.memory_heads:
                 self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of the heads")
@@ -379,7 +382,7 @@ class MCConfig(PreTrainedConfig):
     @property
     def summary_dim(self) -> int:
         """Width per head of a segment descriptor and of u_t."""
-        return self.memory_key_dim if self.segment_summary == "keys" else self.hidden_size // self.memory_heads
+        return self.hidden_size // self.memory_heads if self.segment_summary == "hidden" else self.memory_key_dim
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MCConfig":

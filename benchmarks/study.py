@@ -85,6 +85,29 @@ def mqar() -> list[Cell]:
     return cells
 
 
+def mqar_256() -> list[Cell]:
+    """Recall from 256 tokens by linear memories: more and fewer pairs, and wider and narrower models."""
+    cells = []
+    for pairs, width in ((64, 32), (32, 32), (16, 32), (64, 16), (64, 64)):
+        size = {"seq_len": 256, "vocab": 256, "pairs": pairs, "width": width}
+        rules = {f"linear {name}": read for name, read in reads("linear").items()}
+        for name, read in (rules | {"attention": {"layer_types": ["full_attention"]}}).items():
+            cells.append(Cell(f"{name}, {pairs} pairs, width {width}", "recall", RECALL | size | read, (1e-2,)))
+    return cells
+
+
+def vectors() -> list[Cell]:
+    """Recall that LSTM and GRU can learn: few pairs, few ids, nothing in between."""
+    easy = RECALL | {"seq_len": 64, "vocab": 32, "width": 64, "batch": 32, "random_non_queries": False}
+    rules = {name: reads("gru")[name] for name in ("none", "residual", "grm", "ssc")}
+    rules["grm, added"] = {"aggregation": "grm", "options": '{"vector_read": "add"}'}
+    return [
+        Cell(f"{memory} {name}, {pairs} pairs", "recall", easy | {"memory": memory, "pairs": pairs} | read, (5e-3,))
+        for memory, pairs in (("gru", 4), ("lstm", 2))
+        for name, read in rules.items()
+    ]
+
+
 def ablations() -> list[Cell]:
     """One thing changed at a time in the GRM and SSC of a linear memory, on the task of `mqar`."""
     changes = {
@@ -92,6 +115,7 @@ def ablations() -> list[Cell]:
         "u is q": {"options": {"gate_source": "query"}},
         "sigmoid gates": {"options": {"gate_function": "sigmoid"}},
         "summary of hidden states": {"options": {"segment_summary": "hidden"}},
+        "gate without segment context": {"options": {"segment_summary": "position"}},
         "4 summaries per segment": {"options": {"summaries_per_segment": 4}},
         "checkpoint": {"state_init": "checkpoint"},
         "segments of 8": {"segment_size": 8},
@@ -113,7 +137,8 @@ def needle() -> list[Cell]:
         for name in ("none", "grm", "ssc"):
             also = {"also": ["mean"]} if name == "none" else {}
             cells.append(Cell(f"{name}, {kind}", "needle", {"kind": kind, "aggregation": name} | also, (1e-2,)))
-        cells.append(Cell(f"attention, {kind}", "needle", {"kind": kind, "layer_types": ["full_attention"]}, (1e-2,)))
+        attention = {"kind": kind, "layer_types": ["full_attention"]}
+        cells.append(Cell(f"attention, {kind}", "needle", attention, (1e-2, 3e-3)))
     return cells
 
 
@@ -135,9 +160,17 @@ def language() -> list[Cell]:
     return [Cell(name, "language", change, (4e-3,)) for name, change in settings.items()]
 
 
+def language_1024() -> list[Cell]:
+    """The same models, trained on sequences of 1024 bytes and segments of 128: eight segments instead of four."""
+    longer = {"train_length": 1024, "batch": 4, "segment_size": 128}
+    names = ("none", "residual", "grm", "ssc", "log-linear++")
+    cells = [cell for cell in language() if cell.name in names]
+    return [Cell(cell.name, cell.task, cell.settings | longer, cell.rates) for cell in cells]
+
+
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
-    "mqar": mqar, "ablations": ablations, "needle": needle, "language": language,
-}  # fmt: skip
+    study.__name__: study for study in (mqar, mqar_256, vectors, ablations, needle, language, language_1024)
+}
 
 
 # ------------------------------------------------------------------------------------------------------ running

@@ -136,6 +136,16 @@ class MCMixer(nn.Module):
         shared = self.num_heads // self.num_key_heads
         return x if shared == 1 else x.repeat_interleave(shared, -2)
 
+    def _source(self, x: torch.Tensor, k: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+        """What segment descriptors average, `[R, T, H, du]`: keys, the input in heads, or where a token stands."""
+        if self.config.segment_summary == "keys":
+            return k
+        if self.config.segment_summary == "hidden":
+            return self._heads(x)
+        wave = torch.ones(k.shape, dtype=compute_dtype(k), device=k.device)
+        wave[..., k.shape[-1] // 2 :] = 0  # turned, it is the cosines and then the sines of all angles
+        return rotate(wave, table.token_position(), theta=10_000.0)
+
     def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
         parts = {name: self._convolved(name, x, table, layer) for name in self.projected}
         k, v = self._key_heads(parts["k"], table), self._heads(parts["v"])
@@ -143,7 +153,7 @@ class MCMixer(nn.Module):
         u = source = None
         if self.aggregation.uses_gates:
             u = self._heads(self.u_proj(x)) if self.config.gate_source == "projection" else q
-            source = k if self.config.segment_summary == "keys" else self._heads(x)
+            source = self._source(x, k, table)
         dtype = compute_dtype(x)
         raw = {
             name: getattr(self, f"{name}_proj")(x).to(dtype) + getattr(self, f"{name}_bias")(dtype)

@@ -76,6 +76,7 @@ def test_other_values(field, value):
         ("value_head_dim", 6, {"memory": "titans"}, "head_dim=8"),
         ("segment_summary", "hidden", {"hidden_size": 25}, "multiple of"),
         ("gate_source", "query", {"segment_summary": "hidden"}, "projection"),
+        ("segment_summary", "position", {"head_dim": 9}, "odd width"),
         ("max_cached_segments", 3, {"segmentation": "logarithmic"}, "None"),
         ("vector_read", "add", {"memory": "linear"}, "multiply"),
         ("route_sharing", "model", {"aggregation": "grm"}, "ssc"),

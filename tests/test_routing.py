@@ -54,3 +54,17 @@ def test_a_sub_block_can_win_the_choice(memory: str) -> None:
     four = build(small_config(memory, **fields, summaries_per_segment=4))
     ids = tokens(2, 60)
     assert relative_error(one(ids).logits, four(ids).logits) > 1e-4
+
+
+@torch.no_grad()
+def test_gates_without_segment_context_see_where_a_segment_is_and_not_what_it_holds() -> None:
+    kept = {}
+    for summary in ("position", "keys"):
+        model = build(small_config(aggregation="grm", segment_summary=summary))
+        for seed in (0, 1):
+            cache = MCCache(config=model.config)
+            model(tokens(1, 24, seed=seed), past_key_values=cache)
+            kept[summary, seed] = cache.layers[0].tensors["summaries"]
+    assert torch.equal(kept["position", 0], kept["position", 1])
+    assert not torch.equal(kept["keys", 0], kept["keys", 1])
+    assert relative_error(kept["position", 0][:, :1], kept["position", 0][:, 1:2]) > 0.01
