@@ -258,6 +258,36 @@ def language(study: str, title: str, about: str) -> list[str | Figure]:
     return [f"## {title}", about, " ".join(words), picture, markdown(head, rows), origin(study, runs)]
 
 
+def language_cost() -> list[str]:
+    path = RESULTS / "language-cost.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    plain, rows = results["models"][0], []
+    for row in results["models"]:
+        line = [row["model"]]
+        for work in ("training", "reading"):
+            speed = row[f"{work}_tokens_per_second"]
+            ratio = speed / plain[f"{work}_tokens_per_second"]
+            line += [f"{speed} ({ratio:.2f})", f"{row[f'{work}_peak_mib']:.0f}"]
+        rows.append([*line, str(row["cache_bytes"])])
+    about = (
+        "Training steps of 16 x 256 bytes, and reading a document of 4096 bytes in one pass, with the models of the "
+        f"study at T = 256: median of {results['rounds']} interleaved rounds in bytes per second (in brackets: times "
+        f"`{plain['model']}`), MiB that one pass adds to the process, and bytes of the cache after the document."
+    )
+    head = ["read rule", "training, bytes/s", "peak MiB", "reading, bytes/s", "peak MiB", "bytes kept"]
+    source = f"`python benchmarks/language_cost.py` · {measured_on(results['machine'])}"
+    return ["## What the language models cost", about, markdown(head, rows), source]
+
+
+def measured_on(machine: dict) -> str:
+    return (
+        f"commit {machine['commit'][:12]} · {machine['cpu']}, {machine['threads']} threads, load "
+        f"{machine['load before the run']} before the run · torch {machine['torch']}, Python {machine['python']}"
+    )
+
+
 def late(rules: dict[str, list[dict]], part: str) -> str:
     """Who predicts the last bytes better than `none`, in words."""
     means = {
@@ -397,6 +427,7 @@ def page() -> list[str | Figure]:
         *recall("vectors", "Recall with LSTM and GRU", VECTORS, False),
         *needle(),
         *language("language", "Language modelling, and caching after training", LANGUAGE),
+        *language_cost(),
         *language("language_1024", "Language modelling, trained on longer sequences", LANGUAGE_1024),
         *cost(),
     ]

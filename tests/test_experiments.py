@@ -13,6 +13,7 @@ from needle import ASK, FIRST_DIGIT, MARK, NeedleConfig, needle_batch, train_nee
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import language_cost  # noqa: E402
 import study  # noqa: E402
 
 
@@ -118,3 +119,15 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     study.main([*arguments, "--list"])
     assert "3 of 3" in capsys.readouterr().out
+
+
+def test_the_cost_of_language_models_is_measured_for_each_of_them(tmp_path, monkeypatch):
+    small = TINY | {"train_length": 32, "eval_length": 64}
+    cells = [study.Cell(name, "language", small | {"aggregation": name}, (1e-2,)) for name in ("none", "grm")]
+    monkeypatch.setattr(language_cost, "language", lambda: cells)
+    monkeypatch.setattr(language_cost, "in_process", lambda threads, function, *args: function(*args))
+    path = tmp_path / "cost.json"
+    language_cost.main(["--rounds", "1", "--threads", "1", "--output", str(path)])
+    none, grm = json.loads(path.read_text())["models"]
+    assert grm["cache_bytes"] > none["cache_bytes"] > 0
+    assert all(value >= 0 for row in (none, grm) for key, value in row.items() if key != "model")
