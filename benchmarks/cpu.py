@@ -116,6 +116,7 @@ class TitansPytorch(nn.Module):
 CASES: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     **{f"linear {a}": lambda a=a: Ours("linear", a) for a in ("none", "grm", "ssc")},
+    "linear log-linear++": lambda: Ours("linear", "grm", segmentation="logarithmic"),
     "linear grm, bare": lambda: Ours("linear", "grm", conv_kernel_size=0, qk_norm=False, use_output_gate=False),
     "dla grm": lambda: Ours("dla", "grm"),
     "titans ssc": lambda: Ours("titans", "ssc"),

@@ -332,33 +332,53 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def cost() -> list[str | Figure]:
-    path = RESULTS / "cpu.json"
-    if not path.exists():
+    """Curves from the run of longer lengths if there is one, ratios beside other packages from all runs."""
+    path = next((path for name in ("cpu-long", "cpu") if (path := RESULTS / f"{name}.json").exists()), None)
+    if path is None:
         return []
     results = json.loads(path.read_text(encoding="utf-8"))
+    passes = {"training": "forward+backward", "prefill": "forward"}
+    tables, lines = [], {}
+    for what, kind in passes.items():
+        rows = [(row["case"], row["length"], 1e3 * row["ms"]) for row in results["layer"] if row["pass"] == kind]
+        lines[what] = per_token(rows)
+        tables += [per_token_table(f"{what}, µs per token", lines[what])]
+    rows = [(row["case"], row["length"], 1024 * row["mib"]) for row in results["memory"]]
+    tables += [per_token_table("peak memory of training, KiB per token", per_token(rows))]
+    if results["decode"]:
+        fields = [key for key in results["decode"][0] if key != "case"]
+        rows = [[row["case"], *(f"{row[key]:.2f}" if "ms" in key else str(row[key]) for key in fields)]
+                for row in results["decode"]]  # fmt: skip
+        tables += [markdown(["decoding, one layer, one row", *fields], rows)]
+    about = (
+        "One layer (width 256, 4 heads, segments of 64, k = 2, fp32, batch 1) alone: time of forward and backward "
+        "(training) and of forward (prefill), and what the former adds to the memory of a process of its own, per "
+        "token. Exponents are of the whole against length, 1 is linear, 2 quadratic: fitted over all lengths, "
+        "and between the last two."
+    )
+    labels = ("tokens", "µs per token, forward + backward")
+    long = {case: points for case, points in lines["training"].items() if len(points) > 1}
+    picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, long, labels, "xy"))
+    source = f"`benchmarks/cpu.py`, `benchmarks/results/{path.name}` · {measured_on(results['machine'])}"
+    return ["## Cost against length", about, picture, *tables, source, *beside_others()]
+
+
+def per_token(rows: Iterable[tuple[str, int, float]]) -> dict[str, list[tuple[float, float]]]:
+    """(length, value / length) of every case, from (case, length, value)."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in results["layer"]:
-        if row["pass"] == "forward+backward":
-            lines.setdefault(row["case"], []).append((row["length"], 1e3 * row["ms"] / row["length"]))
-    lengths = sorted({row["length"] for row in results["layer"]})
+    for case, length, value in rows:
+        lines.setdefault(case, []).append((length, value / length))
+    return lines
+
+
+def per_token_table(title: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    lengths = sorted({length for points in lines.values() for length, _ in points})
     rows = []
     for case, points in lines.items():
         cells = [f"{dict(points)[n]:.1f}" if n in dict(points) else "" for n in lengths]
-        rows.append([case, *cells, f"{1 + slope(points):.2f}" if len(points) > 2 else ""])
-    machine = results["machine"]
-    about = (
-        "Microseconds per token of forward and backward of one layer (width 256, 4 heads, segments of 64, k = 2, "
-        "fp32, batch 1), and the exponent of time against length over the measured lengths: 1 is linear, 2 quadratic."
-    )
-    labels = ("tokens", "µs per token, forward + backward")
-    long = {case: points for case, points in lines.items() if len(points) > 1}
-    picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, long, labels, "xy"))
-    source = (
-        f"`python benchmarks/cpu.py` · commit {machine['commit'][:12]} · {machine['cpu']}, {machine['threads']} "
-        f"threads · torch {machine['torch']}, Python {machine['python']} · medians of interleaved runs"
-    )
-    head = ["case", *(f"{n} tokens" for n in lengths), "exponent"]
-    return ["## Cost against length", about, picture, markdown(head, rows), source, *beside_others()]
+        slopes = [f"{1 + slope(points):.2f}", f"{1 + slope(points[-2:]):.2f}"] if len(points) > 2 else ["", ""]
+        rows.append([case, *cells, *slopes])
+    return markdown([title, *map(str, lengths), "exponent", "at the end"], rows)
 
 
 def beside_others() -> list[str]:
@@ -367,11 +387,8 @@ def beside_others() -> list[str]:
     for path in sorted(RESULTS.glob("cpu*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         machine, rows = results["machine"], [[name, f"{ratio:.2f}"] for name, ratio in results["ratios"].items()]
-        packages = [f"{name} {machine[name]}" for name in ("memory-caching", "titans-pytorch") if name in machine]
-        source = (
-            f"`benchmarks/results/{path.name}` · commit {machine['commit'][:12]} · {machine['threads']} threads, load "
-            f"{machine['load before the run']} before the run · torch {machine['torch']} · {', '.join(packages)}"
-        )
+        packages = [f" · {name} {machine[name]}" for name in ("memory-caching", "titans-pytorch") if name in machine]
+        source = f"`benchmarks/results/{path.name}` · {measured_on(machine)}{''.join(packages)}"
         parts += [markdown(["ratio in one run, forward and backward unless named", ""], rows), source]
     return parts
 
