@@ -31,13 +31,14 @@ from pathlib import Path
 
 import torch
 import triton
-from gpu_ops import DEVICE, OPS, TOLERANCE, Op, Size, check, randn, rounded, unit
+from gpu_ops import DEEP, DEVICE, OPS, TOLERANCE, Op, Size, check, randn, rounded, unit
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from mc_transformers import MCCache, MCConfig
 from mc_transformers.configuration_mc import TRITON_MEMORIES
+from mc_transformers.kernels.common import WIDEST_DEEP
 from mc_transformers.modeling_mc.cache import MCStaticCacheLayer
 from mc_transformers.modeling_mc.mixer import MCMixer
 from mc_transformers.modeling_mc.segments import SegmentTable
@@ -95,13 +96,15 @@ def correctness_cases() -> Iterator[Case]:
     sizes += [(Size(2, 6, 256, 4, d, d, 5, 4), torch.bfloat16) for d in (128, 64, 48, 96, 256) if not SMOKE]
     for name, build in OPS.items():
         for size, dtype in sizes:
+            if name in DEEP and size.dim > WIDEST_DEEP:
+                continue
             shape = {"dtype": str(dtype).removeprefix("torch."), "key": size.dim, "value": size.value}
             shape["width"] = size.width
             yield Case("correctness", name, lambda b=build, s=size, t=dtype: check(b, s, t), shape)
 
 
-def time_op(build: Callable[[Size], Op], backward: bool) -> dict:
-    size = Size(TOKENS // OP_LENGTH, OP_LENGTH // SEGMENT, SEGMENT, HEADS, DIM, DIM, 0, TOP_K)
+def time_op(build: Callable[[Size], Op], dim: int, backward: bool) -> dict:
+    size = Size(TOKENS // OP_LENGTH, OP_LENGTH // SEGMENT, SEGMENT, HEADS, dim, dim, 0, TOP_K)
     op = build(size)
     inputs = [x.requires_grad_(backward and x.is_floating_point()) for x in rounded(op, torch.bfloat16)]
     out = _one(op.call("triton", *inputs))
@@ -123,11 +126,12 @@ def _one(out):
 
 
 def op_cases() -> Iterator[Case]:
-    """d = 128, C = 256, L = 16384; rows of fla's kernels for the same sums without a cache."""
+    """d = 128 (deep memories 64), C = 256, L = 16384; rows of fla's kernels for the same sums without a cache."""
     for name, build in OPS.items():
+        dim = DEEP_DIM if name in DEEP else DIM
         for backward in (False, True):
-            kind = {"pass": "forward+backward" if backward else "forward"}
-            yield Case("ops", name, lambda b=build, back=backward: time_op(b, back), kind)
+            kind = {"pass": "forward+backward" if backward else "forward", "head_dim": dim}
+            yield Case("ops", name, lambda b=build, d=dim, back=backward: time_op(b, d, back), kind)
     if importlib.util.find_spec("fla"):
         for name in FLA:
             for backward in (False, True):

@@ -3,18 +3,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from mc_transformers.kernels.common import triton_interpreted
 from mc_transformers.kernels.decode_step import decode_step
+from mc_transformers.kernels.deep_common import ANSWER
+from mc_transformers.kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
+from mc_transformers.kernels.deep_write import deep_write
 from mc_transformers.kernels.linear_write import linear_write
 from mc_transformers.kernels.segment_read import segment_read
 from mc_transformers.kernels.selected_read import segment_route, selected_read
 
 
 DEVICE = torch.device("cpu" if triton_interpreted() else "cuda")
+CHUNK, EXPANSION = 16, 2 if triton_interpreted() else 4  # of deep memories: inner chunk, hidden width / width
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5}  # RMS of the error / RMS of the result
 
 
@@ -135,12 +140,94 @@ def decode_op(size: Size) -> Op:
     return Op(call, [q, u, online, logit, states, summaries], (1, 4), products)
 
 
+def deep_write_op(size: Size, parts: int, loss: str) -> Op:
+    """Titans (momentum and decay: parts = 2) or DLA without decay (parts = 1), in whole inner chunks. Steps are small,
+    so that fp32 itself is exact enough to be compared with."""
+    chunk = min(CHUNK, size.width)
+    rows, chunks, gated = size.rows * size.num, size.width // chunk, parts > 1
+    tokens, cells = (rows, chunks * chunk, size.heads), (rows, chunks, size.heads)
+    run = torch.zeros(size.rows, dtype=torch.int64, device=DEVICE)
+    enter, trans = 0.5 + 0.5 * randn(*cells, chunk, parts).sigmoid(), randn(*cells, parts, parts).sigmoid().triu()
+    every = [
+        *(randn(*tokens, size.dim) for _ in range(3)),
+        (0.01 * randn(*cells, chunk, chunk)).tril(),
+        enter if gated else None,
+        0.01 * randn(*cells, chunk, parts).sigmoid(),
+        trans if gated else None,
+        *_deep_maps(size, (rows, size.heads)),
+        *[None] * 4,
+        *_norm(size),
+        run,
+        run,
+    ]
+
+    def call(backend: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = iter(inputs)
+        found = deep_write(*(None if x is None else next(given) for x in every), loss, ANSWER, backend)
+        return tuple(x for x in found if x.numel())
+
+    hidden = EXPANSION * size.dim
+    products = tokens[0] * tokens[1] * tokens[2] * hidden * ((4 + 4 * parts) * size.dim + 2 * chunk)
+    return Op(call, [x for x in every if x is not None], (0, 1, 2), products)
+
+
+def _deep_maps(size: Size, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = EXPANSION * size.dim
+    return randn(*shape, size.dim, hidden) / size.dim**0.5, randn(*shape, hidden, size.dim) / size.dim**0.5
+
+
+def _norm(size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    return 1 + 0.3 * randn(size.heads, size.dim), randn(size.heads, size.dim)
+
+
+def deep_read_op(size: Size) -> Op:
+    _, summaries, birth, first = _memories(size)
+    maps = _deep_maps(size, (size.rows, size.memories, size.heads))
+    q, u = randn(*size.grid, size.dim), randn(*size.grid, size.dim) / 4
+    return Op(
+        lambda backend, *x: deep_read(*x, "softmax", backend),
+        [q, u, *maps, summaries, randn(*size.grid), *_norm(size), birth, first], (0, 1, 2, 3),
+        size.pairs * 2 * size.dim * EXPANSION * size.dim,
+    )  # fmt: skip
+
+
+def deep_constant_op(size: Size) -> Op:
+    maps = _deep_maps(size, (size.rows, size.memories, size.heads))
+    birth = _memories(size)[2]
+    visible = birth[:, None, :] <= torch.arange(size.num, device=DEVICE)[:, None]
+    return Op(
+        lambda backend, *x: deep_constant_read(*x, backend),
+        [randn(*size.grid, size.dim), *maps, *_norm(size), visible], (0, 1, 2),
+        size.pairs * 2 * size.dim * EXPANSION * size.dim,
+    )  # fmt: skip
+
+
+def deep_selected_op(size: Size) -> Op:
+    _, summaries, birth, first = _memories(size)
+    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")
+    weights = randn(*index.shape).softmax(-1) * (index >= 0)
+    maps = _deep_maps(size, (size.rows, size.memories, size.heads))
+    return Op(
+        lambda backend, q, w, *x: deep_selected_read(q, w * (index >= 0), *x, index, backend),
+        [randn(*size.grid, size.dim), weights, *maps, *_norm(size)], (0, 2, 3),
+        index.numel() * 2 * size.dim * EXPANSION * size.dim,
+    )  # fmt: skip
+
+
+DEEP: dict[str, Callable[[Size], Op]] = {
+    "deep_write dla": partial(deep_write_op, parts=1, loss="dot"),
+    "deep_write titans": partial(deep_write_op, parts=2, loss="l2"),
+    "deep_read": deep_read_op,
+    "deep_constant_read": deep_constant_op,
+    "deep_selected_read": deep_selected_op,
+}
 OPS: dict[str, Callable[[Size], Op]] = {
     "linear_write": write_op,
     "segment_read": read_op,
     "segment_route": route_op,
     "selected_read": selected_op,
     "decode_step": decode_op,
+    **DEEP,
 }
 
 
