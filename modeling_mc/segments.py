@@ -156,8 +156,8 @@ class SegmentTable:
         mask: torch.Tensor | None,
     ) -> "SegmentTable":
         resumed, device = position is not None, length.device
-        if position is None:
-            position = torch.zeros_like(length)
+        # copied: the first layer changes the counter of a static cache while the table still serves the others
+        position = position.clone() if resumed else torch.zeros_like(length)
         start = position % segment_size
         base = start // align * align  # offset of slot 0 in the first grid segment
         width = min(segment_size, -(-(num_tokens + (align - 1 if resumed else 0)) // align) * align)

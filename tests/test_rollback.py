@@ -99,10 +99,10 @@ def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
     assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
 
 
-@pytest.mark.parametrize("fields", KINDS[::3] + HYBRIDS + BOUNDED + VARIANTS, ids=name_of)
+@pytest.mark.parametrize("fields", KINDS[::3] + HYBRIDS + BOUNDED + VARIANTS + [{"rope": "all"}], ids=name_of)
 @torch.no_grad()
 def test_static_cache_generates_the_same(fields: dict) -> None:
-    model = build(small_config(**fields))
+    model = build(small_config(**{"num_hidden_layers": 2} | fields))
     ids, mask = tokens(2, 21), torch.ones(2, 21, dtype=torch.long)
     mask[0, :4] = 0
     length = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
@@ -135,7 +135,7 @@ def test_compiled_decoding_never_recompiles(fields: dict) -> None:
 
 @torch.no_grad()
 def test_static_cache_can_be_reset_and_cropped() -> None:
-    model = build(small_config(memory="swla"))
+    model = build(small_config(memory="swla", num_hidden_layers=2))
     ids = tokens(2, 30)
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=32)
