@@ -32,14 +32,16 @@ def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
     """Layer `index` of a cache, which a memory layer is to read and fill.
 
     Raises:
-        ValueError: it is the cache of an attention layer.
+        ValueError: it is the cache of an attention layer, or of a model with fewer layers, or no cache at all.
     """
-    layer = cache.layers[index] if index < len(cache.layers) else None
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
     if not is_memory_layer(layer):
+        found = "nothing" if layer is None else type(layer).__name__
         raise ValueError(
-            f"`past_key_values` holds {type(layer).__name__} for memory layer {index}, allowed: an MCCache or "
-            "DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of attention, which a "
-            "memory layer cannot use: take prompt tuning or LoRA"
+            f"`past_key_values` ({type(cache).__name__}) holds {found} for memory layer {index}, allowed: an "
+            "MCCache or DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of "
+            "attention, which a memory layer cannot use: take prompt tuning or LoRA"
         )
     return layer
 
@@ -158,7 +160,16 @@ class MCCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None, *args, **kwargs):
         """Count the tokens of `key_states` `[B, T, ...]`, whose traces the mixer has left in `tensors`; returns its
-        arguments, as Transformers' caches do."""
+        arguments, as Transformers' caches do.
+
+        Raises:
+            ValueError: values are given too, so the caller is an attention layer.
+        """
+        if value_states is not None:
+            raise ValueError(
+                "a memory layer's cache was given keys and values of attention: `past_key_values` belongs to another "
+                "model, use a new cache"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states)
         self._count(key_states.shape[1])
@@ -374,7 +385,15 @@ class MCStaticCacheLayer(MCCacheLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0  # as attention's static layers: masks are made for all layers from the first one
 
+    def _thaw(self) -> None:
+        super()._thaw()
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.num_tokens.is_inference():
+            self.num_tokens = self._fixed(self.num_tokens.clone())
+
     def reset(self) -> None:
+        self._thaw()
         for tensor in (*self.tensors.values(), self.num_tokens):
             tensor.zero_()
         self.recorded, self.snapshot = [], None

@@ -17,6 +17,16 @@ from .memory_file import fingerprint, read, write
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
+class ModelRef(weakref.ref):
+    """The model that filled a cache, which does not keep it alive; None in a cache that comes out of a pickle."""
+
+    def __deepcopy__(self, memo: dict) -> "ModelRef":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
 class MCCache(DynamicCache):
     """A `DynamicCache` of this family with the numbers that people want to know of a memory.
 
@@ -52,7 +62,7 @@ class MCCache(DynamicCache):
         super().__init__(config=config, **kwargs)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
-        self.filled_by: weakref.ref | None = None  # the model, for the fingerprint of `save_pretrained`
+        self.filled_by: ModelRef | None = None  # the model, for the fingerprint of `save_pretrained`
         for layer in self.memory_layers:
             layer.kept_dtype = state_dtype
             layer.kept_device = torch.device("cpu") if offload_segments else None
@@ -140,7 +150,7 @@ class MCCache(DynamicCache):
                 layer.keys, layer.values = parts["keys"], parts["values"]
                 if hasattr(layer, "cumulative_length"):
                     layer.cumulative_length = about["cumulative_length"]
-        cache.filled_by = weakref.ref(base)
+        cache.filled_by = ModelRef(base)
         return cache
 
     @classmethod
@@ -176,7 +186,7 @@ class MCCache(DynamicCache):
             for part in parts:
                 part.check(parts[0].signature, 1)
             _join(layer, parts, config.segment_size, config.summaries_per_segment)
-        joined.filled_by = weakref.ref(getattr(model, model.base_model_prefix, model))
+        joined.filled_by = ModelRef(getattr(model, model.base_model_prefix, model))
         return joined
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 the mc-transformers authors.
 """The Transformers model family: MCModel and its heads."""
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,7 +30,7 @@ from .attention import make_attention, make_rotary
 from .cache import memory_caching_mask, memory_layer
 from .compat import enter_lora_targets, enter_names
 from .context_parallel import active_shards, check_shards
-from .mc_cache import MCCache
+from .mc_cache import MCCache, ModelRef
 from .memories import MEMORIES
 from .mixer import MCMixer
 from .segments import SegmentTable
@@ -164,10 +163,15 @@ class MCModel(MCPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @property
+    def _running(self) -> list[nn.Module]:
+        """The layers that run: `generate(assistant_early_exit=n)` sets num_hidden_layers for its drafts."""
+        return list(self.layers)[: self.config.num_hidden_layers]
+
     def _segment_table(
         self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: Cache | None, packed: dict
     ) -> SegmentTable | None:
-        mixer = next((x.mixer for x in self.layers if hasattr(x, "mixer")), None)  # of this stage of a pipeline
+        mixer = next((x.mixer for x in self._running if hasattr(x, "mixer")), None)  # of this stage of a pipeline
         if mixer is None:
             return None
         layer = None if past is None else memory_layer(past, mixer.layer_idx)
@@ -233,11 +237,13 @@ class MCModel(MCPreTrainedModel):
         if use_cache and past_key_values is None and not is_packed:
             past_key_values = MCCache(config=self.config)
         if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
-            past_key_values.filled_by = weakref.ref(self)
+            past_key_values.filled_by = ModelRef(self)
         if is_packed and past_key_values is not None:
             raise ValueError("packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache")
         if not is_packed:
             self._refuse_unmarked_packing(position_ids, attention_mask)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         self._check_mask(attention_mask, inputs_embeds, past_key_values)
 
         masks = attention_mask if isinstance(attention_mask, dict) else None
@@ -255,7 +261,7 @@ class MCModel(MCPreTrainedModel):
             rope = self.rotary_emb and self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
-        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+        for kind, layer in zip(self.config.layer_types, self._running, strict=False):
             hidden_states = layer(
                 hidden_states,
                 segment_table=table,
@@ -265,6 +271,11 @@ class MCModel(MCPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_cache(self, past: Cache) -> None:
+        for layer in self._running:
+            if hasattr(layer, "mixer"):
+                memory_layer(past, layer.mixer.layer_idx)
 
     def _seen(self, past: Cache | None) -> int | torch.Tensor:
         """Tokens in the cache, by the first layer that this stage of a pipeline has."""

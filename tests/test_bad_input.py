@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from helpers import MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForSequenceClassification
@@ -236,6 +237,22 @@ def test_a_cache_is_made_from_a_config(model):
     assert len(MCCache(model.config).memory_layers) == len(MCCache(config=model.config).memory_layers) > 0
     with pytest.raises(ValueError, match="`config` must be the model's config, got MCForCausalLM"):
         MCCache(model)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, lambda: (1, 2), lambda: MCCache(small_config())], ids=str)
+@pytest.mark.parametrize("first", ["memory_caching", "full_attention"])
+def test_what_is_no_cache_of_this_model(make, first):
+    """Nothing in it, no cache at all, fewer layers than the model has."""
+    model = build(small_config(num_hidden_layers=2, layer_types=[first, "memory_caching"]))
+    for mask in (None, torch.ones(1, 5)):
+        with pytest.raises(ValueError, match=r"`past_key_values` \(\w+\) holds nothing for memory layer"):
+            model(tokens(1, 5), attention_mask=mask, past_key_values=make())
+
+
+def test_attention_does_not_write_into_a_memory():
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        llama(tokens(1, 5), past_key_values=MCCache(small_config()))
 
 
 def test_classification_of_a_batch_needs_a_padding_token():

@@ -1,5 +1,8 @@
 """generate() with the segment-state cache gives what it gives without any cache."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from transformers import DynamicCache, set_seed
@@ -212,6 +215,18 @@ def test_reset_select_and_repeat(linear):
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
         whole = linear(torch.cat([ids, more], 1), past_key_values=cache).logits[:, PROMPT:]
         assert_close(whole, expected, 1e-10)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_on_by_itself(linear, duplicate, tmp_path):
+    ids, more = tokens(2, PROMPT), tokens(2, 6, seed=4)
+    with torch.no_grad():
+        expected = linear(torch.cat([ids, more], 1), use_cache=False).logits[:, PROMPT:]
+        cache = feed_ids(linear, ids)
+        other = duplicate(cache)
+        linear(tokens(2, 9, seed=7), past_key_values=cache)
+        assert_close(linear(more, past_key_values=other).logits, expected, 1e-10)
+    other.save_pretrained(tmp_path)
 
 
 def feed_ids(model, ids) -> MCCache:

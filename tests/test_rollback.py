@@ -99,6 +99,16 @@ def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
     assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
 
 
+@pytest.mark.parametrize("fields", [{}, {"layer_types": ["full_attention", "memory_caching"]}], ids=name_of)
+def test_drafts_by_an_early_exit(fields: dict) -> None:
+    """Drafts of the first layer alone change no token, and leave the model as it was."""
+    model = build(small_config(num_hidden_layers=2, **fields))
+    ids, length = tokens(1, 21), {"max_new_tokens": 24, "do_sample": False}
+    greedy = model.generate(ids, **length)
+    assert torch.equal(greedy, model.generate(ids, **length, assistant_early_exit=1))
+    assert torch.equal(greedy, model.generate(ids, **length))
+
+
 @pytest.mark.parametrize("fields", KINDS[::3] + HYBRIDS + BOUNDED + VARIANTS + [{"rope": "all"}], ids=name_of)
 @torch.no_grad()
 def test_static_cache_generates_the_same(fields: dict) -> None:
@@ -147,6 +157,19 @@ def test_static_cache_can_be_reset_and_cropped() -> None:
     model((ids[:, 15:22] + 3) % 60, past_key_values=cache)
     cache.crop(-7)
     assert_close(model(ids[:, 15:], past_key_values=cache).logits, full[:, 15:])
+
+
+def test_static_cache_leaves_inference_mode() -> None:
+    """Filled, even made, in inference mode; reset and filled again outside of it."""
+    model = build(small_config(num_hidden_layers=2))
+    ids = tokens(2, 30)
+    with torch.inference_mode():
+        cache = StaticCache(config=model.config, max_cache_len=32)
+        model(tokens(2, 19, seed=5), past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+        assert_close(model(ids[:, 15:], past_key_values=cache).logits, model(ids).logits[:, 15:])
 
 
 @torch.no_grad()
