@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,18 +26,26 @@ def auto_class_of(model: PreTrainedModel) -> str:
     return next(auto for auto, target in AUTO_MAP.items() if target.endswith(f".{type(model).__name__}"))
 
 
-def write_code(folder: str | Path) -> None:
-    """Write the flat code files and their licence.
+@cache
+def code_files() -> dict[str, str]:
+    """The flat code files, made and checked once per process: every checkpoint of a training run gets them.
 
     Raises:
         ValueError: Transformers would not load one of the files.
     """
     files = flat_files()
-    for name, source in files.items():
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in files.items():
+            write_file(Path(folder) / name, source)
+        if lost := unreachable(files, Path(folder)):
+            raise ValueError(f"Transformers would not copy {', '.join(sorted(lost))}: nothing imports them")
+    return files
+
+
+def write_code(folder: str | Path) -> None:
+    """Write the flat code files and their licence."""
+    for name, source in code_files().items():
         write_file(Path(folder) / name, source)
-    lost = unreachable(files, Path(folder))
-    if lost:
-        raise ValueError(f"Transformers would not copy {', '.join(sorted(lost))}: nothing imports them")
     write_file(Path(folder) / "LICENSE", (ROOT / "LICENSE").read_bytes())
 
 
@@ -78,11 +87,12 @@ def bundle(
         overwrite: replace a folder that is there. metadata, results: for the card.
 
     Raises:
-        ValueError, OSError: the checkpoint does not load. FileExistsError: there is such an output already.
+        ValueError, OSError: the checkpoint does not load, or would be replaced.
+        FileExistsError: there is such an output already.
         RuntimeError: the bundle does not load on its own, or differs.
     """
     output = Path(output)
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, checkpoint) as folder:
         model = load_model(checkpoint, revision=revision)
         tokenizer = load_tokenizer(checkpoint, revision) if has_tokenizer(checkpoint, revision) else None
         write_bundle(model, folder, repo_id or output.name, tokenizer, max_shard_size, metadata, results)

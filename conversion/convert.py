@@ -13,7 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from .. import MCConfig, MCForCausalLM, MCModel
 from ..configuration_mc import LAYER_TYPE
+from .bundle import write_code
 from .files import new_folder
+from .flat import AUTO_MAP
 from .reader import open_weights
 from .writer import ShardWriter
 
@@ -66,8 +68,10 @@ class Source:
             if match := re.fullmatch(pattern, name):
                 names = targets(match, found) if callable(targets) else map(match.expand, targets)
                 return list(names), split
-        raise ValueError(f"no rule of --from {self.name} knows the weight {name!r}: the checkpoint is of another kind")
-
+        raise ValueError(
+            f"no rule of --from {self.name} knows the weight {name!r}: this is another kind of checkpoint, or has a "
+            "head that language models have not"
+        )
 
     def merged(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """`weights` with what belongs together joined.
@@ -124,16 +128,19 @@ def read_config(path: Path) -> dict:
     """A config.json as it is written.
 
     Raises:
-        ValueError: no JSON.
+        ValueError: no JSON, or not a dictionary.
     """
 
     def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
         return float(value["__float__"]) if set(value) == {"__float__"} else value
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no dictionary, as a config does")
+    return found
 
 
 def find_source(found: dict, name: str | None = None) -> Source:
@@ -191,13 +198,18 @@ def convert(
 
     Raises:
         FileExistsError: there is such an output, and not `overwrite`.
-        ValueError: another architecture, a missing piece, weights that are missing, left over or of a wrong shape.
+        ValueError: another architecture, a missing piece, weights that are missing, left over, quantised or of a
+            wrong shape, `fields` for a result without memory layers, an output that is the checkpoint.
     """
     from .from_mamba2 import in_terms_of_transformers
 
     checkpoint = Path(checkpoint)
     found = in_terms_of_transformers(read_config(checkpoint / "config.json"))
     kind = find_source(found, source)
+    if quantised := found.get("quantization_config"):
+        refuse("quantised weights (quantization_config)", quantised.get("quant_method"), "fp32, fp16 or bf16")
+    if verify and dtype not in ("auto", "float32", "float64"):
+        raise ValueError(f"--verify-logits: weights rounded by --dtype {dtype} have other logits, leave one out")
     if layers:
         kind = _with_memory_layers(kind, layers, verify)
     theirs = None
@@ -208,6 +220,8 @@ def convert(
         missing = f"Transformers has no model_type={found['model_type']!r} to compare with"
         raise ValueError(f"--verify-logits: {missing} (a package that registers it can be imported first)")
     config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
+    if fields and LAYER_TYPE not in config.layer_types:
+        raise ValueError(f"{', '.join(fields)}: the result has no memory layer, choose some with --layers")
 
     def parts() -> Iterator[tuple[str, str, torch.Tensor]]:
         for name, tensor in kind.merged(open_weights(checkpoint)):
@@ -215,7 +229,7 @@ def convert(
             for target, part in zip(targets, split(tensor, found) if targets else (), strict=True):
                 yield name, target, part
 
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, checkpoint) as folder:
         write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size, kind.fresh)
         copy_extras(checkpoint, folder)
         if verify:
@@ -235,9 +249,11 @@ def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> So
 
 def copy_extras(checkpoint: Path, folder: Path) -> None:
     """Tokenizer and generation config, where there are any."""
-    for extra in COPIED:
-        if (checkpoint / extra).is_file():
-            (folder / extra).write_bytes((checkpoint / extra).read_bytes())
+    for extra in [*(checkpoint / name for name in COPIED), *checkpoint.glob("additional_chat_templates/*.jinja")]:
+        if extra.is_file():
+            target = folder / extra.relative_to(checkpoint)
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(extra.read_bytes())
 
 
 def write_model(
@@ -249,7 +265,7 @@ def write_model(
     max_shard_size: str,
     fresh: bool = False,
 ) -> None:
-    """Write config and weights from (name in the source, our name, tensor).
+    """Write config, weights and code from (name in the source, our name, tensor).
 
     Args:
         zeros: ends of the names of weights that may be missing, and are zero then.
@@ -280,8 +296,9 @@ def write_model(
         writer.add(name, start.to(torch.float32 if name in fp32 else common))
     writer.close()
     config.dtype = str(common).removeprefix("torch.")
-    config.architectures = ["MCForCausalLM"]
+    config.architectures, config.auto_map = ["MCForCausalLM"], dict(AUTO_MAP)
     config.save_pretrained(folder)
+    write_code(folder)
 
 
 def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]:
@@ -298,6 +315,8 @@ def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]
 
 
 def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: dict) -> None:
+    if not part.is_floating_point() or part.itemsize < 2:
+        raise ValueError(f"the weight {name!r} is quantised ({part.dtype}): save the source in fp32 or bf16 first")
     if target not in wanted:
         raise ValueError(f"the weight {name!r} is left over: a model of this config has no {target!r}")
     if target in written:

@@ -9,13 +9,20 @@ from pathlib import Path
 
 
 @contextmanager
-def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, overwrite: bool = False, source: str | Path | None = None) -> Iterator[Path]:
     """A folder to write into, which takes the name `path` when the block has succeeded and vanishes when it fails.
+
+    Args:
+        source: what is read meanwhile, which must not be replaced.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder, and not `overwrite`.
+        ValueError: `path` is, or holds, the current folder or `source`.
     """
     path = Path(path)
+    for kept, what in ((Path.cwd(), "the current folder"), (source, f"{source}, which is read")):
+        if kept is not None and path.resolve() in (Path(kept).resolve(), *Path(kept).resolve().parents):
+            raise ValueError(f"the output {str(path)!r} would replace {what}: name another folder")
     taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
     if taken and not (overwrite and path.is_dir()):
         raise FileExistsError(f"{path} exists already" + (" (--overwrite replaces it)" if path.is_dir() else ""))

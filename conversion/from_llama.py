@@ -65,6 +65,7 @@ SOURCE = Source(
     model_types=("llama", "qwen2", "qwen3"),
     make_config=make_config,
     rules=(
+        (LAYER + r"self_attn\.rotary_emb\.inv_freq", (), keep),  # old files have these constants
         (rf"({LAYER})self_attn\.q_proj\.bias", _bias_targets, _bias),
         (rf"({LAYER}(?:{PARTS})|(?:model\.embed_tokens|model\.norm|lm_head)\.weight)", (r"\1",), keep),
     ),

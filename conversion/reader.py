@@ -52,6 +52,13 @@ def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from found.items()
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards, or damaged ({error})") from error
+
+
 NESTED = ("state_dict", "model")
 LAYOUTS = (("model", "safetensors", _safetensors), ("pytorch_model", "bin", _pickled))
 
@@ -61,7 +68,7 @@ def open_weights(path: str | Path) -> Weights:
     `torch.distributed.checkpoint` writes, also one folder deeper, where accelerate and the Trainer put it.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that the index names is missing.
+        FileNotFoundError: no weights, or a shard that the index names is missing. ValueError: a damaged index.
     """
     path = Path(path)
     if path.is_file():
@@ -70,7 +77,7 @@ def open_weights(path: str | Path) -> Weights:
         index, single = path / f"{stem}.{suffix}.index.json", path / f"{stem}.{suffix}"
         names = [single.name] if single.exists() else []
         if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = _shards(index)
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{path}: the index names {missing[0]}, which is not there")

@@ -83,25 +83,27 @@ def from_training(
             if (target := our_name(name, known)) is not None:
                 yield name, target, tensor
 
-    with new_folder(output, overwrite) as folder:
+    with new_folder(output, overwrite, checkpoint) as folder:
         zeros = (U_PROJ,) if "aggregation" in fields else ()
         write_model(folder, model_config, parts(), zeros, dtype, max_shard_size)
         copy_extras(place.parent, folder)
     return Path(output)
 
 
-def to_state_dict(checkpoint: str, output: str | Path, dtype: str = "auto") -> Path:
+def to_state_dict(checkpoint: str, output: str | Path, dtype: str = "auto", overwrite: bool = False) -> Path:
     """Write the weights of a model of this family as a plain dictionary of tensors, for `torch.load`.
 
     Args:
         checkpoint: folder or Hub name. output: file to write, which is returned. dtype: of the weights.
+        overwrite: replace a file that is there.
 
     Raises:
-        ValueError: the checkpoint does not load. FileExistsError: there is such a file already.
+        ValueError: the checkpoint does not load. FileExistsError: there is such a file already, or a folder.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} exists already")
+    if output.exists() and not (overwrite and output.is_file()):
+        raise FileExistsError(f"{output} exists already" + (" (--overwrite replaces it)" if output.is_file() else ""))
+    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     try:
         torch.save(load_model(checkpoint, dtype).state_dict(), partial)

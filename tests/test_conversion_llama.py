@@ -1,9 +1,11 @@
 """Llama, Qwen2 and Qwen3 of Transformers: the same model with all attention, a trainable one with memory layers."""
 
+import json
+
 import pytest
 import torch
 from conversion_sources import IDS, SIZES, TOKENS, make_source, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +18,7 @@ from transformers import (
 from mc_transformers import MCForCausalLM
 from mc_transformers.conversion import cli
 from mc_transformers.conversion.convert import convert
+from mc_transformers.conversion.flat import flat_files
 
 
 SMALL = SIZES | {
@@ -76,6 +79,55 @@ def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory):
     assert losses[-1] < losses[0]
 
 
+def add_weights(folder, new: dict) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | new, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_constants_of_old_files_are_left_out(tmp_path, make):
+    make("llama")
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)]
+    add_weights(tmp_path / "source", {name: torch.ones(4) for name in names})
+    convert(tmp_path / "source", tmp_path / "ours", verify=True)
+
+
+def test_quantised_weights_are_refused(tmp_path, make):
+    weight = make("llama").model.layers[1].mlp.up_proj.weight
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        add_weights(tmp_path / "source", {"model.layers.1.mlp.up_proj.weight": weight.to(dtype)})
+        with pytest.raises(ValueError, match="up_proj.*quantised"):
+            convert(tmp_path / "source", tmp_path / "ours")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(ValueError, match="quantization_config"):
+        convert(tmp_path / "source", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_source_is_never_replaced(tmp_path, make, monkeypatch):
+    make("llama")
+    before = (tmp_path / "source" / "model.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for output in ("source", "./source/../source", tmp_path, "."):
+        with pytest.raises(ValueError, match="would replace"):
+            convert(tmp_path / "source", output, overwrite=True)
+    assert (tmp_path / "source" / "model.safetensors").read_bytes() == before
+
+
+def test_tokenizer_and_code_come_along(tmp_path, make):
+    make("llama")
+    templates = tmp_path / "source" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("tools")
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (tmp_path / "source" / name).write_text(name)
+    convert(tmp_path / "source", tmp_path / "ours")
+    for path in ("chat_template.jinja", "tokenizer.json", "additional_chat_templates/tool_use.jinja"):
+        assert (tmp_path / "ours" / path).read_text() == (tmp_path / "source" / path).read_text()
+    assert "modeling_mc.MCForCausalLM" in (tmp_path / "ours" / "config.json").read_text()
+    assert set(flat_files()) <= {file.name for file in (tmp_path / "ours").iterdir()}
+
+
 def test_both_names_of_qwen_are_understood(tmp_path, make):
     make("qwen2")
     for name in ("qwen", "llama"):
@@ -88,6 +140,9 @@ def test_command_line(tmp_path, make, capsys):
     make("llama")
     argv = ["convert", str(tmp_path / "source"), str(tmp_path / "ours"), "--layers", "0,2", "--memory", "gated_delta"]
     assert cli.main([*argv, "--verify-logits"]) == 1 and "is not the source" in capsys.readouterr().err
+    for option in (["--memory", "dla"], ["--dtype", "bfloat16", "--verify-logits"]):  # without layers, or rounded
+        assert cli.main([*argv[:3], *option]) == 1
+        assert option[0].strip("-") in capsys.readouterr().err and not (tmp_path / "ours").exists()
     assert cli.main([*argv, "--aggregation", "ssc"]) == 0
     weights = load_file(tmp_path / "ours" / "model.safetensors")
     assert "model.layers.0.mixer.memory.A_log.bias" in weights and "model.layers.1.self_attn.q_proj.weight" in weights

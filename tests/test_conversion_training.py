@@ -113,6 +113,9 @@ def test_out_to_a_plain_state_dict_and_in_again(tmp_path, model):
     assert same(tmp_path / "again", model)
     with pytest.raises(FileExistsError):
         to_state_dict(str(tmp_path / "model"), tmp_path / "weights.pt")
+    to_state_dict(str(tmp_path / "model"), tmp_path / "weights.pt", "bfloat16", overwrite=True)
+    assert torch.load(tmp_path / "weights.pt")["lm_head.weight"].dtype == torch.bfloat16
+    assert to_state_dict(str(tmp_path / "model"), tmp_path / "new" / "weights.pt").is_file()
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -127,6 +130,23 @@ def test_names():
 
 
 # ------------------------------------------------------------------------------------------------------- bad inputs
+@pytest.mark.parametrize("option", ["--verify-logits", "--layers=0"])
+def test_options_of_other_architectures_are_refused(tmp_path, model, option, capsys):
+    saved(tmp_path / "run", model)
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "model"), option]) == 1
+    assert option.split("=")[0] in capsys.readouterr().err and not (tmp_path / "model").exists()
+
+
+def test_config_and_index_that_are_none(tmp_path, model, capsys):
+    saved(tmp_path / "run", model)
+    (tmp_path / "run" / "model.safetensors.index.json").write_text("{")
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "model")]) == 1
+    assert "model.safetensors.index.json" in capsys.readouterr().err
+    (tmp_path / "run" / "config.json").write_text("[1]")
+    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "model")]) == 1
+    assert "config.json holds no dictionary" in capsys.readouterr().err
+
+
 class Payload:
     def __reduce__(self):
         return print, ("executed",)
