@@ -5,7 +5,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -16,6 +16,7 @@ from .loading import DTYPES, default_device, load_config, load_model, load_token
 
 
 PROGRAM = "mc-transformers"
+PIECE = 4096  # tokens of a prompt that are read at a time
 DESCRIPTION = "Memory Caching models (arXiv 2602.24281): inspect, run, evaluate, convert and publish checkpoints."
 
 
@@ -36,6 +37,10 @@ def run_generate(args: argparse.Namespace) -> None:
     from ..modeling_mc.memory_file import FILE as MEMORY_FILE
 
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    if args.memory is not None:
+        _check_memory(Path(args.memory), args.keep_memory)
+    elif args.keep_memory:
+        raise ValueError("--keep-memory has no meaning without --memory")
     tokenizer = load_tokenizer(args.checkpoint, args.revision)
     inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
     if not inputs["input_ids"].numel():
@@ -58,6 +63,7 @@ def run_generate(args: argparse.Namespace) -> None:
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=args.max_new_tokens,
+        prefill_chunk_size=None if seen else PIECE,  # older Transformers would read what is remembered again
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
@@ -72,10 +78,28 @@ def run_generate(args: argparse.Namespace) -> None:
         cache.save_pretrained(args.memory, model)
 
 
+def _check_memory(folder: Path, keep: bool) -> None:
+    """Before anything is read, which may take long.
+
+    Raises:
+        NotADirectoryError: the memory could not be written. FileNotFoundError: there is none to keep.
+    """
+    from ..modeling_mc.memory_file import FILE
+
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--memory {folder} is no folder")
+    if keep and not (folder / FILE).is_file():
+        raise FileNotFoundError(f"--memory {folder} holds no {FILE} that --keep-memory could keep")
+
+
 def run_eval(args: argparse.Namespace) -> None:
     from . import evaluate
     from .files import write_file
 
+    if args.output:  # before the work
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        if Path(args.output).is_dir():
+            raise IsADirectoryError(f"--output {args.output} is a folder: give the name of a file")
     tokenizer = load_tokenizer(args.checkpoint, args.revision)
     model = load_model(args.checkpoint, args.dtype, args.device, args.revision, head="MCForCausalLM")
     record = evaluate.evaluate_text(model, tokenizer, args.text, args.length, args.batch_size)
@@ -139,7 +163,8 @@ def run_convert(args: argparse.Namespace) -> None:
     from . import convert, training
 
     if args.state_dict:
-        print(f"{training.to_state_dict(args.checkpoint, args.output, args.dtype)}: a plain state dict")
+        output = training.to_state_dict(args.checkpoint, args.output, args.dtype, args.overwrite)
+        print(f"{output}: a plain state dict")
         return
     names = ("aggregation", "segment_size", "state_init", "num_selected_segments", "memory")
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -147,6 +172,9 @@ def run_convert(args: argparse.Namespace) -> None:
     if not Path(args.checkpoint).exists():
         raise FileNotFoundError(f"{args.checkpoint} does not exist (download a Hub repository first)")
     if _is_ours(args):
+        if args.verify_logits or args.layers:
+            option = "--verify-logits" if args.verify_logits else "--layers"
+            raise ValueError(f"{option} is for checkpoints of other architectures, and this is one of the family")
         output = training.from_training(args.checkpoint, args.output, args.config, **common)
     else:
         output = convert.convert(
@@ -162,15 +190,34 @@ def _examples(*lines: str) -> dict:
     return {"epilog": f"examples:\n{text}", "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def _number(kind: type, allowed: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type of arguments whose error says what is allowed."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid, allowed: {allowed}")
+        return value
+
+    return parse
+
+
+positive = _number(int, "a whole number from 1 on", lambda x: x >= 1)
+count = _number(int, "a whole number from 0 on", lambda x: x >= 0)
+at_least_two = _number(int, "a whole number from 2 on", lambda x: x >= 2)
+heat = _number(float, "a number from 0 on", lambda x: 0 <= x < float("inf"))
+share = _number(float, "a number above 0, up to 1", lambda x: 0 < x <= 1)
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid, allowed: whole numbers as in 1,3,5") from None
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser, what: str = "a folder or a Hub repository") -> None:
@@ -197,9 +244,9 @@ def _generate_parser(commands) -> None:
     _add_checkpoint(parser)
     parser.add_argument("--prompt", help="the text to continue (default: stdin)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="(%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="sample among the k likeliest (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among this probability mass (%(default)s)")
+    parser.add_argument("--temperature", type=heat, default=0.8, help="0 = always the likeliest token (%(default)s)")
+    parser.add_argument("--top-k", type=count, default=50, help="sample among the k likeliest, 0 = all (%(default)s)")
+    parser.add_argument("--top-p", type=share, default=1.0, help="sample among this probability mass (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (%(default)s)")
     parser.add_argument(
         "--memory", metavar="FOLDER", help="go on from the memory in this folder, if there is one, and write it there"
@@ -221,7 +268,7 @@ def _eval_parser(commands) -> None:
     )
     _add_checkpoint(parser)
     parser.add_argument("text", metavar="TEXT", help="a file of UTF-8 text")
-    parser.add_argument("--length", type=positive, default=2048, help="tokens per block (%(default)s)")
+    parser.add_argument("--length", type=at_least_two, default=2048, help="tokens per block (%(default)s)")
     parser.add_argument("--batch-size", type=positive, default=1, help="blocks at a time (%(default)s)")
     parser.add_argument("--output", metavar="FILE", help="write the numbers as JSON, which model cards read")
     _add_compute(parser)
@@ -321,7 +368,7 @@ def _convert_parser(commands) -> None:
     parser.add_argument("--num-selected-segments", type=positive, help="k of ssc (4)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as they are)")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     parser.add_argument("--verify-logits", action="store_true", help="load source and result and compare in fp32")
     parser.set_defaults(run=run_convert)
 

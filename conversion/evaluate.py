@@ -58,8 +58,15 @@ def position_losses(model: PreTrainedModel, blocks: torch.Tensor, batch_size: in
 def evaluate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path, length: int, batch_size: int = 1
 ) -> dict:
-    """The record of `mc-transformers eval`, with a "results" list that model cards read."""
-    text = Path(path).read_text(encoding="utf-8")
+    """The record of `mc-transformers eval`, with a "results" list that model cards read.
+
+    Raises:
+        ValueError: the file is no text, or does not fill one block. OSError: there is none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
     blocks = blocks_of(text, tokenizer, length)
     losses = position_losses(model, blocks, batch_size)
     mean = losses.mean().item()

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import torch
 
-from .. import MCCache, MCConfig, MCForCausalLM
+from .. import MCCache, MCConfig, MCForCausalLM, __version__
 from ..configuration_mc import LAYER_TYPE
 from ..kernels.common import OPS, choose_backend
 from ..kernels.delta_write import fla_rule
@@ -46,8 +46,8 @@ def human_bytes(count: float) -> str:
 # ---------------------------------------------------------------------------------------------------------------- env
 def versions() -> dict[str, str]:
     """Versions of this package, Python and what the package builds on; "not installed" where it is missing."""
-    found = {}
-    for name in ("mc_transformers", *PACKAGES):
+    found = {"mc_transformers": __version__}
+    for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

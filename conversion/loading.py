@@ -23,6 +23,10 @@ def load_config(name: str, revision: str | None = None, presets: bool = False) -
     """
     if presets and not Path(name).exists() and name in (path.stem for path in PRESETS.glob("*.json")):
         return MCConfig.from_preset(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        adapter = (Path(name) / "adapter_config.json").is_file()
+        hint = ": it is an adapter of PEFT, merge it into its model first" if adapter else ""
+        raise OSError(f"{name} holds no config.json{hint}")
     try:
         found, _ = MCConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import build, family, name_of, small_config, tokens
-from mc_transformers import MCCache, MCConfig
+from mc_transformers import MCCache, MCConfig, MCForCausalLM
 from mc_transformers.conversion import cli, evaluate, info
 from mc_transformers.kernels import common
 from text_data import byte_tokenizer
@@ -133,6 +133,35 @@ def test_generate_goes_on_from_a_memory(capsys, checkpoint, tmp_path):
     assert (memory / "memory.safetensors").read_bytes() != before
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--memory", "file"], "is no folder"), (["--memory", "typo", "--keep-memory"], "typo holds no memory"),
+        (["--keep-memory"], "without --memory"),
+    ],
+)  # fmt: skip
+def test_generate_refuses_a_memory_before_it_reads(capsys, checkpoint, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    code, out, err = run(capsys, "generate", checkpoint, "--prompt", "Memory", *options)
+    assert code == 1 and out == "" and words in err
+
+
+def test_generate_reads_a_long_prompt_in_pieces(capsys, checkpoint, monkeypatch):
+    argv = ("generate", checkpoint, "--prompt", TEXT, "--temperature", 0, "--max-new-tokens", 4, "--skip-prompt")
+    whole = run(capsys, *argv)
+    lengths, forward = [], MCForCausalLM.forward
+
+    def counting(self, input_ids, **options):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(MCForCausalLM, "forward", counting)
+    monkeypatch.setattr(cli, "PIECE", 100)
+    assert run(capsys, *argv)[:2] == whole[:2]
+    assert max(lengths) == 100 and sum(lengths) == len(TEXT) + 3
+
+
 def test_eval_is_the_loss_of_the_model(capsys, checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     output = tmp_path / "eval.json"
@@ -152,6 +181,16 @@ def test_eval_is_the_loss_of_the_model(capsys, checkpoint, tmp_path):
     first, second = record["positions"]
     assert (first["first"], first["last"], second["first"], second["last"]) == (1, 63, 64, 127)
     assert first["loss"] == pytest.approx(prefix, rel=1e-5)
+
+
+def test_eval_makes_the_folder_of_its_output(capsys, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(TEXT)
+    argv = ("eval", checkpoint, tmp_path / "text.txt", "--length", 128, "--output")
+    assert run(capsys, *argv, tmp_path / "new" / "eval.json")[0] == 0
+    assert json.loads((tmp_path / "new" / "eval.json").read_text())["length"] == 128
+    monkeypatch.setattr(evaluate, "evaluate_text", None)  # what follows is refused before the work
+    code, _, err = run(capsys, *argv, tmp_path / "new")
+    assert code == 1 and "is a folder" in err
 
 
 def test_eval_in_pieces_of_the_head(checkpoint, monkeypatch):
@@ -227,6 +266,12 @@ def test_failures_are_one_line(capsys, checkpoint, tmp_path, change, words):
 def test_no_such_checkpoint_and_short_text(capsys, checkpoint, tmp_path):
     code, _, err = run(capsys, "info", tmp_path / "nowhere")
     assert code == 1 and "nowhere" in err and len(err.splitlines()) == 1
+    (tmp_path / "adapter_config.json").write_text("{}")
+    code, _, err = run(capsys, "info", tmp_path)
+    assert code == 1 and "holds no config.json" in err and "adapter" in err
+    (tmp_path / "bytes.bin").write_bytes(b"\xff\xff")
+    code, _, err = run(capsys, "eval", checkpoint, tmp_path / "bytes.bin")
+    assert code == 1 and "bytes.bin is no UTF-8 text" in err
     (tmp_path / "short.txt").write_text("short")
     code, _, err = run(capsys, "eval", checkpoint, tmp_path / "short.txt", "--length", 64)
     assert code == 1 and "--length must be <= 5" in err
@@ -243,9 +288,16 @@ def test_help_and_usage(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"examples:\n  mc-transformers {command}" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["unknown"])
-    assert ended.value.code == 2
+    wrong = [
+        ["unknown"], ["eval", "model", "text", "--length", "1"], ["generate", "model", "--temperature", "nan"],
+        ["generate", "model", "--top-p", "2"], ["generate", "model", "--top-k", "-1"],
+        ["convert", "a", "b", "--layers", "x"],
+    ]  # fmt: skip
+    for argv in wrong:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv)
+        assert ended.value.code == 2
+        assert argv == ["unknown"] or "is not valid, allowed: " in capsys.readouterr().err
 
 
 def test_as_a_module():
