@@ -165,6 +165,8 @@ def language_1024() -> list[Cell]:
     longer = {"train_length": 1024, "batch": 4, "segment_size": 128}
     names = ("none", "residual", "grm", "ssc", "log-linear++")
     cells = [cell for cell in language() if cell.name in names]
+    carried = {"aggregation": "grm", "state_init": "checkpoint"}  # the online memory is then that of `none`
+    cells.append(Cell("grm from the last state", "language", carried, (4e-3,)))
     return [Cell(cell.name, cell.task, cell.settings | longer, cell.rates) for cell in cells]
 
 
