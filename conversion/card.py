@@ -17,7 +17,6 @@ from .info import architecture, human_bytes, lengths, skeleton
 
 TEMPLATE = ROOT / "model_cards" / "template.md"
 READS = {
-    "none": "It keeps one running state and no cache of segments.",
     "mean": "It reads the average of all segments' memories.",
     "residual": "It reads the sum of all segments' memories (eq. 7 of the paper).",
     "grm": "It reads all segments' memories through gates that depend on content (eq. 9 of the paper).",
@@ -83,12 +82,34 @@ def _evaluation(results: Sequence[Result]) -> str:
 
 
 def _summary(config: MCConfig) -> str:
-    others = len(config.layer_types) - config.layer_types.count(LAYER_TYPE)
-    hybrid = f" {others} of its {config.num_hidden_layers} layers are attention layers." if others else ""
+    layers, family = config.num_hidden_layers, "[Memory Caching](https://arxiv.org/abs/2602.24281)"
+    others = layers - config.layer_types.count(LAYER_TYPE)
+    if others == layers:
+        return f"A Transformer in the form of the {family} family: all of its {layers} layers are attention layers."
+    hybrid = f" {others} of its {layers} layers are attention layers." if others else ""
+    network = f"a recurrent network with `{config.memory}` memories that keeps"
+    if config.aggregation == "none":
+        return f"A {family} language model: {network} one running state and no cache of segments.{hybrid}"
     return (
-        "A [Memory Caching](https://arxiv.org/abs/2602.24281) language model: a recurrent network with "
-        f"`{config.memory}` memories that keeps the state of its memory after every segment of {config.segment_size} "
+        f"A {family} language model: {network} the state of its memory after every segment of {config.segment_size} "
         f"tokens. {READS[config.aggregation]}{hybrid}"
+    )
+
+
+def _limit(config: MCConfig) -> str | None:
+    """What is lost, and how the cache grows; None where no layer has a memory."""
+    if LAYER_TYPE not in config.layer_types:
+        return None
+    if config.aggregation == "none":
+        return "All that was read is compressed into one state of fixed size: details can be lost."
+    growth = f"The cache grows by one memory per {config.segment_size} tokens."
+    if config.segmentation == "logarithmic":
+        growth = "What is far back is only there in coarse form: the cache grows when the length doubles."
+    elif config.max_cached_segments is not None:
+        growth = f"Not more than {config.max_cached_segments} segments are kept."
+    return (
+        "A segment is compressed into a memory of fixed size: details of a segment can be lost, and the more so the "
+        f"longer the segment. {growth}"
     )
 
 
@@ -140,7 +161,7 @@ def render(
         figure=figure,
         lengths=_markdown(sizes, ("tokens", "this model's cache", "keys and values")),
         evaluation=_evaluation(results),
-        segment_size=config.segment_size,
+        limit=_limit(config),
         max_length=config.max_position_embeddings,
     )
 

@@ -10,13 +10,9 @@ At the end one table; every number in it was measured in this run.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +33,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import mc_transformers as mc
+from mc_transformers.conversion.files import new_folder, write_file
 from text_data import Blocks, byte_tokenizer, reference_texts, source_texts
 
 
-def _option(default, text: str):
+def option(default, text: str):
+    """A dataclass field that HfArgumentParser explains."""
     return field(default=default, metadata={"help": text})
 
 
@@ -48,41 +46,28 @@ def _option(default, text: str):
 class DemoConfig:
     """Everything adjustable about the demonstration. Every field is a command-line option."""
 
-    output: str = _option("outputs/demo", "folder of the model, the adapter and the table")
-    memory: str = _option("gated_linear", "write rule of the memory")
-    aggregation: str = _option("grm", "read rule of the memory")
-    segment_size: int = _option(128, "tokens per segment")
-    hidden_size: int = _option(128, "width of the model")
-    layers: int = _option(3, "number of layers")
-    heads: int = _option(4, "heads per layer")
-    block: int = _option(512, "tokens per training sequence")
-    batch: int = _option(8, "training sequences per step")
-    steps: int = _option(300, "steps of pretraining")
-    lr: float = _option(3e-3, "peak learning rate of pretraining")
-    lora_steps: int = _option(60, "steps of fine-tuning")
-    lora_lr: float = _option(5e-3, "peak learning rate of fine-tuning")
-    lora_rank: int = _option(8, "rank of the adapter")
-    prompt: str = _option('The "with" statement is used to', "what the trained model continues")
-    context: int = _option(4096, "tokens of context at which speed and cache are measured")
-    seed: int = _option(0, "seed of weights, data order and sampling")
-    stage: str | None = _option(None, "run one stage only (internal)")
-
-
-@contextmanager
-def finished(path: Path) -> Iterator[Path]:
-    """A folder to write into; it takes its final name when the block has succeeded, so that name is always whole."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    output: str = option("outputs/demo", "folder of the model, the adapter and the table")
+    memory: str = option("gated_linear", "write rule of the memory")
+    aggregation: str = option("grm", "read rule of the memory")
+    segment_size: int = option(128, "tokens per segment")
+    hidden_size: int = option(128, "width of the model")
+    layers: int = option(3, "number of layers")
+    heads: int = option(4, "heads per layer")
+    block: int = option(512, "tokens per training sequence")
+    batch: int = option(8, "training sequences per step")
+    steps: int = option(300, "steps of pretraining")
+    lr: float = option(3e-3, "peak learning rate of pretraining")
+    lora_steps: int = option(60, "steps of fine-tuning")
+    lora_lr: float = option(5e-3, "peak learning rate of fine-tuning")
+    lora_rank: int = option(8, "rank of the adapter")
+    prompt: str = option('The "with" statement is used to', "what the trained model continues")
+    context: int = option(4096, "tokens of context at which speed and cache are measured")
+    seed: int = option(0, "seed of weights, data order and sampling")
+    stage: str | None = option(None, "run one stage only (internal)")
 
 
 def write_json(record: dict, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def trainer(config: DemoConfig, model: PreTrainedModel, texts: tuple, tokenizer, steps: int, lr: float) -> Trainer:
@@ -137,7 +122,7 @@ def pretrain(config: DemoConfig) -> dict:
     before = run.evaluate()["eval_loss"]
     seconds = run.train().metrics["train_runtime"]
     after = run.evaluate()["eval_loss"]
-    with finished(Path(config.output) / "model") as folder:
+    with new_folder(Path(config.output) / "model", overwrite=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return {
@@ -166,7 +151,7 @@ def finetune(config: DemoConfig) -> dict:
     record["lora_before"] = run.evaluate()["eval_loss"]
     record["lora_seconds"] = run.train().metrics["train_runtime"]
     record["lora_after"] = run.evaluate()["eval_loss"]
-    with finished(Path(config.output) / "adapter") as folder:
+    with new_folder(Path(config.output) / "adapter", overwrite=True) as folder:
         adapted.save_pretrained(folder)
     return record
 

@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import peft
@@ -29,37 +29,34 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
 
 import mc_transformers as mc
-from demo import finished, write_json
+from demo import option, write_json
 from mc_transformers.conversion.convert import convert
+from mc_transformers.conversion.files import new_folder
 from text_data import Blocks, byte_tokenizer, reference_texts
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class LinearizeConfig:
     """Everything adjustable. Every field is a command-line option."""
 
-    output: str = _option("outputs/linearize", "folder of the models and of result.json")
-    memory: str = _option("gated_delta", "write rule of the new layers")
-    aggregation: str = _option("grm", "read rule of the new layers")
-    segment_size: int = _option(64, "tokens per segment")
-    hidden_size: int = _option(128, "width of the Llama")
-    layers: int = _option(4, "its layers; every second one is converted")
-    heads: int = _option(4, "its heads")
-    block: int = _option(256, "tokens per sequence")
-    batch: int = _option(8, "sequences per step")
-    eval_blocks: int = _option(100, "held-out sequences that a loss is measured on, at most")
-    steps: int = _option(500, "steps of training the Llama")
-    lr: float = _option(3e-3, "their peak learning rate")
-    match_steps: int = _option(200, "steps of matching the attention layers' answers")
-    match_lr: float = _option(1e-2, "their peak learning rate")
-    lora_steps: int = _option(150, "steps of training the adapter")
-    lora_lr: float = _option(5e-3, "their peak learning rate")
-    lora_rank: int = _option(8, "rank of the adapter")
-    seed: int = _option(0, "seed of weights and of the order of data")
+    output: str = option("outputs/linearize", "folder of the models and of result.json")
+    memory: str = option("gated_delta", "write rule of the new layers")
+    aggregation: str = option("grm", "read rule of the new layers")
+    segment_size: int = option(64, "tokens per segment")
+    hidden_size: int = option(128, "width of the Llama")
+    layers: int = option(4, "its layers; every second one is converted")
+    heads: int = option(4, "its heads")
+    block: int = option(256, "tokens per sequence")
+    batch: int = option(8, "sequences per step")
+    eval_blocks: int = option(100, "held-out sequences that a loss is measured on, at most")
+    steps: int = option(500, "steps of training the Llama")
+    lr: float = option(3e-3, "their peak learning rate")
+    match_steps: int = option(200, "steps of matching the attention layers' answers")
+    match_lr: float = option(1e-2, "their peak learning rate")
+    lora_steps: int = option(150, "steps of training the adapter")
+    lora_lr: float = option(5e-3, "their peak learning rate")
+    lora_rank: int = option(8, "rank of the adapter")
+    seed: int = option(0, "seed of weights and of the order of data")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -140,7 +137,7 @@ def match(teacher: PreTrainedModel, folder: Path, data: Blocks, config: Lineariz
     new = [p for i in numbers for p in student.model.layers[i].mixer.parameters()]
     loss_of = matching_loss(teacher, student.train(), numbers)
     seconds = optimize("match", new, loss_of, data, config.match_steps, config.match_lr, config.batch)
-    with finished(folder.with_name("matched")) as target:
+    with new_folder(folder.with_name("matched"), overwrite=True) as target:
         student.save_pretrained(target)
     return mc.MCForCausalLM.from_pretrained(folder.with_name("matched")), seconds
 
@@ -167,7 +164,7 @@ def train_llama(tokenizer, data: Blocks, config: LinearizeConfig) -> tuple[Llama
         )
     ).train()
     seconds = train_on_text("llama", llama, data, config.steps, config.lr, config.batch)
-    with finished(Path(config.output) / "llama") as folder:
+    with new_folder(Path(config.output) / "llama", overwrite=True) as folder:
         llama.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return llama, seconds
@@ -200,7 +197,7 @@ def linearize(config: LinearizeConfig) -> dict:
     model = get_peft_model(model, adapter)
     seconds["lora"] = train_on_text("lora", model, train, config.lora_steps, config.lora_lr, config.batch)
     loss["lora"] = held_out_loss(model, held_out, config)
-    with finished(output / "adapter") as folder:
+    with new_folder(output / "adapter", overwrite=True) as folder:
         model.save_pretrained(folder)
     return {
         "held_out_nats_per_byte": loss,

@@ -213,6 +213,22 @@ def test_card_says_what_the_config_says(bundled):
     assert len(usage) == 5 and all("trust_remote_code=True" in line for line in usage[1:3])
 
 
+@pytest.mark.parametrize(
+    ("fields", "said", "not_said"),
+    [
+        ({"aggregation": "none"}, ["one running state", "one state of fixed size"], ["every segment", "grows by"]),
+        ({"layer_types": ["full_attention"]}, ["A Transformer", "all of its 1 layers"], ["recurrent", "compressed"]),
+        ({"max_cached_segments": 3}, ["after every segment of 8", "Not more than 3 segments"], ["grows"]),
+        ({"segmentation": "logarithmic"}, ["when the length doubles"], ["grows by one memory per"]),
+        ({}, ["grows by one memory per 8 tokens"], ["one running state", "attention layers"]),
+    ],
+)  # fmt: skip
+def test_card_says_what_the_cache_keeps(fields, said, not_said):
+    config = small_config("linear", **{"aggregation": "grm", "segment_size": 8, "num_hidden_layers": 1} | fields)
+    text = str(card.render(config, "me/model"))
+    assert all(words in text for words in said) and not any(words in text for words in not_said), text
+
+
 def links(folder) -> list[str]:
     """Files that the card of a bundle links to."""
     text = (folder / "README.md").read_text(encoding="utf-8")
