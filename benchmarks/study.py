@@ -100,7 +100,8 @@ def vectors() -> list[Cell]:
     """Recall that LSTM and GRU can learn: few pairs, few ids, nothing in between."""
     easy = RECALL | {"seq_len": 64, "vocab": 32, "width": 64, "batch": 32, "random_non_queries": False}
     rules = {name: reads("gru")[name] for name in ("none", "residual", "grm", "ssc")}
-    rules["grm, added"] = {"aggregation": "grm", "options": '{"vector_read": "add"}'}
+    added = {"options": '{"vector_read": "add"}'}  # without caching it is the plain output of the cell
+    rules |= {f"{name}, added": {"aggregation": name} | added for name in ("none", "grm")}
     return [
         Cell(f"{memory} {name}, {pairs} pairs", "recall", easy | {"memory": memory, "pairs": pairs} | read, (5e-3,))
         for memory, pairs in (("gru", 4), ("lstm", 2))
