@@ -254,7 +254,7 @@ def language(study: str, title: str, about: str) -> list[str | Figure]:
     labels = ("position in the file, bytes", "nats per byte")
     picture = Figure(study, "Loss against position", lambda axes: curves(axes, lines, labels, "x"))
     head = ["read rule", *(f"bytes {part}" for part in ranges), "parameters"]
-    words = [late(rules, ranges[-1]), *gains(rules, ranges)]
+    words = [late(rules, ranges[-1]), *gains(rules, ranges[-1])]
     return [f"## {title}", about, " ".join(words), picture, markdown(head, rows), origin(study, runs)]
 
 
@@ -306,22 +306,18 @@ def late(rules: dict[str, list[dict]], part: str) -> str:
     )
 
 
-def gains(rules: dict[str, list[dict]], ranges: list[str]) -> list[str]:
-    """What reading with `mean` does to the model trained with `none`, in words."""
+def gains(rules: dict[str, list[dict]], part: str) -> list[str]:
+    """What reading with `mean` does to the last bytes of the model trained with `none`, in words."""
     sentences = []
     for cell in rules:
         rule, comma, memory = cell.partition(", ")
         if rule.startswith("mean"):
             plain = "none" + comma + memory
-            changes = {
-                part: [
-                    after["losses"][part]["nats"] - before["losses"][part]["nats"]
-                    for after, before in zip(rules[cell], rules[plain], strict=True)
-                ]
-                for part in ranges[1:]
-            }
-            words = ", ".join(f"{spread(change)} in bytes {part}" for part, change in changes.items())
-            sentences.append(f"`{rule}` changes the loss of `{plain}` by {words}; below zero is better.")
+            changes = [
+                after["losses"][part]["nats"] - before["losses"][part]["nats"]
+                for after, before in zip(rules[cell], rules[plain], strict=True)
+            ]
+            sentences.append(f"`{rule}` changes the loss of `{plain}` there by {spread(changes)}.")
     return sentences
 
 
