@@ -30,7 +30,7 @@ def load_config(name: str, revision: str | None = None, presets: bool = False) -
     try:
         found, _ = MCConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())  # all of it: what to do stands at the end
         raise OSError(f"{name} is no folder with a readable config.json and no Hub repository ({reason})") from error
     if found.get("model_type") != MCConfig.model_type:
         kind = f"model_type={found.get('model_type')!r}, architectures={found.get('architectures')}"
@@ -81,7 +81,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{name} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{name} has no tokenizer that loads ({' '.join(str(error).split())})") from error
 
 
 def default_device() -> str:

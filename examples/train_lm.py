@@ -14,11 +14,11 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     DataCollatorWithFlattening,
     HfArgumentParser,
     PreTrainedModel,
@@ -112,6 +112,21 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+class PadRight:
+    """Pads rows on the right: else the last padding would be asked for the first token.
+
+    Padding has no labels, but the end of a text has, though the same token may stand for both.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.padding_side = "right"
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
 def make_trainer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataOptions, args: TrainingArguments
 ) -> Trainer:
@@ -121,9 +136,7 @@ def make_trainer(
         # else Accelerate reads a stream on one process and deals out rows: it would cut the borders like rows
         args.accelerator_config.dispatch_batches = False
     else:
-        right = copy.deepcopy(tokenizer)
-        right.padding_side = "right"  # else the last padding would be asked for the first token
-        collator = DataCollatorForLanguageModeling(right, mlm=False)
+        collator = PadRight(tokenizer)
     train, held_out = (texts and tokenize(texts, tokenizer, data) for texts in load_texts(data))
     return Trainer(
         model=model,

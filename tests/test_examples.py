@@ -71,6 +71,14 @@ def test_train(texts, tmp_path, monkeypatch, capsys, how):
     assert model.config.segment_size == 16 and model.config.vocab_size == 258
 
 
+def test_the_end_of_a_text_is_learned_where_it_also_pads():
+    tokenizer = train_lm.byte_tokenizer(64)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = train_lm.PadRight(tokenizer)([{"input_ids": [5, 6, 7, 1]}, {"input_ids": [5, 1]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 1], [5, 1, -100, -100]]
+
+
 def test_train_goes_on_with_a_model(texts, trained, tmp_path, monkeypatch):
     call(monkeypatch, train_lm, *arguments(texts, model=trained, output_dir=tmp_path, learning_rate=0.0))
     before, after = (AutoModelForCausalLM.from_pretrained(x) for x in (trained, tmp_path / "final"))

@@ -147,6 +147,14 @@ def test_wrong_token_is_one_line_without_the_token(capsys, hub, checkpoint, unch
     assert "hf_wrong" not in out + err and "Traceback" not in err and hub.repositories == {}
 
 
+def test_a_repository_that_cannot_be_read_says_why(capsys, hub, monkeypatch):
+    code, _, err = call(capsys, "info", "me/missing")
+    assert code == 1 and "private repository" in err.splitlines()[-1]
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    code, _, err = call(capsys, "info", "me/missing")
+    assert code == 1 and "401" in err.splitlines()[-1] and "hf_wrong" not in err
+
+
 def test_a_public_repository_is_no_private_one(capsys, hub, checkpoint, unchecked):
     HfApi().create_repo("me/model")
     code, _, err = call(capsys, "publish", checkpoint, "me/model", "--private")
