@@ -163,7 +163,9 @@ def deep_write_op(size: Size, parts: int, loss: str) -> Op:
 
     def call(backend: str, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = iter(inputs)
-        found = deep_write(*(None if x is None else next(given) for x in every), loss, ANSWER, backend)
+        found = deep_write(
+            *(None if x is None else next(given) for x in every), loss=loss, read=ANSWER, backend=backend
+        )
         return tuple(x for x in found if x.numel())
 
     hidden = EXPANSION * size.dim

@@ -443,30 +443,12 @@ deep_write_op = register_op(
 
 
 def deep_write(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mix: torch.Tensor,
-    enter: torch.Tensor | None,
-    leave: torch.Tensor,
-    trans: torch.Tensor | None,
-    w2: torch.Tensor,
-    w1: torch.Tensor,
-    c2: torch.Tensor | None,
-    c1: torch.Tensor | None,
-    s2: torch.Tensor | None,
-    s1: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    run: torch.Tensor,
-    last: torch.Tensor,
-    loss: str,
-    read: int,
-    backend: str = "auto",
+    *inputs: torch.Tensor | None, loss: str, read: int, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write M inner chunks of c tokens into B rows of deep memories, and answer the same tokens (eq. 30-36).
 
     Args:
+        inputs: what follows up to `last`, in this order (c2, c1, s2, s1 after w2, w1).
         q, k, v: `[B, M * c, H, d]`; q is what `read` asks for.
         mix, enter, leave, trans: the coefficients `[B, M, H, ...]` of every chunk, see above: `[c, c]`, `[c, J]`,
             `[c, J]` and `[J, J]`, J = 2 with momentum, else 1. None for enter and trans: all 1, the identity.
@@ -484,11 +466,11 @@ def deep_write(
         answers `[B, M * c, H, d]` in q's dtype (`[..., h]` of map 0, `[..., 0]` of NOTHING), and in fp32 the maps at
         the end like w2 and w1, and those of C and of S (empty without momentum) `[groups, H, ...]` of running rows.
     """
+    q, k, _, mix = inputs[:4]
     backend = choose_backend(backend, "deep_write", q, k.shape[-1], widest=WIDEST_DEEP)
     if backend == "triton" and mix.shape[-1] > LONGEST_CHUNK:
         raise ValueError(
             f"`mc_backend`='triton' is not possible for `deep_write`: `memory_chunk_size` is {mix.shape[-1]}, "
             f"allowed: up to {LONGEST_CHUNK}; allowed here: 'torch', 'auto'"
         )
-    arguments = (q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, shift, run, last)
-    return deep_write_op(*arguments, loss, read, backend)
+    return deep_write_op(*inputs, loss, read, backend)

@@ -2,8 +2,8 @@
 
 The stacks T of both maps are fp32 scratch in global memory, `[row and head, slot, J, ...]`: the forward updates one
 slot in place, the backward first writes again and keeps the stack of every chunk start in a slot of its own. A chunk
-is passed twice, block of hidden units by block: first for r and with it d1, then for everything else. Rows of tokens
-stay on chip, products take fp32 operands.
+is passed twice, block of hidden units by block: first for r and with it d1, then for everything else. Products take
+fp32 operands. Rows of k and q are loaded again for every block: as operands every warp would hold all of them.
 """
 
 from collections.abc import Iterator
@@ -78,11 +78,13 @@ def _write_kernel(
             b_c2, b_c1 = b_t2[0], b_t1[0]
             if SEPARATE:
                 b_c2, b_c1 = load_maps(p_c2, p_c1, start, D, H, BD, BH)
+            b_k = load_tokens(k, first, heads, m_c, D, BD, BC)
             b_z = dot(b_k, b_c2, None, PRECISION)  # [BC, BH]
             b_a = gelu(b_z)
             b_d2 = gelu_slope(b_z) * dot(b_d1, tl.trans(b_c1), None, PRECISION)
             if READ == WHOLE or READ == 0:
                 b_hidden = -dot(b_scores, b_d2, None, PRECISION)
+                b_q = load_tokens(q, first, heads, m_c, D, BD, BC)
                 for part in tl.static_range(J):
                     b_answer = dot(b_q, b_t2[part], None, PRECISION)
                     if ENTER:
@@ -193,7 +195,6 @@ class DeepWrite:
             meta["READ"] = NOTHING
         grid = ((rows.stop - rows.start) * self.heads,)
         launch(_write_kernel, lambda _: grid, args, meta, self.config, ("stack2", "stack1"))
-
 
     def blocks(self) -> Iterator[slice]:
         """Rows that a backward does at once."""

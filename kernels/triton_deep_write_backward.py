@@ -50,6 +50,23 @@ def _block(x, first, start, H: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr)
     return x + first + tl.arange(0, BC)[:, None] * H + o_h[None, :], (o_h < H)[None, :]
 
 
+@triton.jit
+def _through_part(
+    b_grad, b_x, b_t, b_grad_t, b_grad_enter, enter, cell, m_c,
+    part: tl.constexpr, J: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, ENTER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward of `(enter x) T` of one part T, from the gradient of the answer: that of x; those of T and of `enter`
+    are added."""
+    b_back = dot(b_grad, tl.trans(b_t), None, PRECISION)
+    if ENTER:
+        b_enter = load_part(enter, cell, part, m_c, J, C, BC)[:, None]
+        b_found = tl.sum(b_x * b_back, 1)
+        b_grad_enter += tl.where(tl.arange(0, 2)[None, :] == part, b_found[:, None], 0.0)
+        b_back, b_x = b_back * b_enter, b_x * b_enter
+    return b_back, dot(tl.trans(b_x), b_grad, b_grad_t, PRECISION), b_grad_enter
+
+
 @triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
 def write_backward_kernel(
     q, k, v, mix, enter, leave, trans, stack2, stack1, scale, shift, run, last,
@@ -99,12 +116,14 @@ def write_backward_kernel(
         b_r, b_products = tl.zeros((BC, BD), tl.float32), tl.zeros((BC, BC), tl.float32)
         for start in range(0, H, BH):
             b_c2, b_c1 = load_maps(p_c2, p_c1, start, D, H, BD, BH)
+            b_k = load_tokens(k, first, heads, m_c, D, BD, BC)
             b_z = dot(b_k, b_c2, None, PRECISION)
             b_p = dot(b_d1, tl.trans(b_c1), None, PRECISION)
             p_kept, m_kept = _block(kept, own, start, H, BH, BC)
             tl.store(p_kept, b_z, mask=m_kept)
             tl.store(p_kept + BC * H, b_p, mask=m_kept)
             if READ == WHOLE:
+                b_q = load_tokens(q, first, heads, m_c, D, BD, BC)
                 b_hidden = -dot(b_scores, gelu_slope(b_z) * b_p, None, PRECISION)
                 for part in tl.static_range(J):
                     o_part = (slot * J + part) * size
@@ -162,6 +181,7 @@ def write_backward_kernel(
                 o_part = (local * parts + part) * size
                 b_part2, b_part1 = load_maps(grad_stack2 + o_part, grad_stack1 + o_part, start, D, H, BD, BH)
                 b_grad_t2, b_grad_t1 = b_grad_t2 + (b_part2,), b_grad_t1 + (b_part1,)
+            b_k = load_tokens(k, first, heads, m_c, D, BD, BC)
             for part in tl.static_range(J):  # the end of the chunk
                 b_leave = load_part(leave, cell, part, m_c, J, C, BC)[:, None]
                 b_along1 = dot(b_d1, tl.trans(b_grad_t1[part]), None, PRECISION)
@@ -185,6 +205,7 @@ def write_backward_kernel(
                         b_along += tl.sum(tl.sum(b_grad_t1[other] * b_t1[part], 1), 0)
                         b_grad_trans += tl.where(o_jj == other * J + part, b_along, 0.0)
                     b_new2, b_new1 = b_new2 + (b_part2,), b_new1 + (b_part1,)
+            tl.debug_barrier()  # nothing that follows is fetched earlier
             if READ == WHOLE:  # the second map of the answers
                 b_in = tl.load(p_kept + 2 * BC * H, mask=m_kept, other=0.0)
                 b_hidden = gelu(b_in)
@@ -197,14 +218,14 @@ def write_backward_kernel(
                 b_grad_a = dot(tl.trans(b_through), b_hidden, b_grad_a, PRECISION)
                 b_sums = ()
                 for part in tl.static_range(J):
-                    b_back, b_weighted = dot(b_grad_r, tl.trans(b_t1[part]), None, PRECISION), b_hidden
-                    if ENTER:
-                        b_enter = load_part(enter, cell, part, m_c, J, C, BC)[:, None]
-                        b_found = tl.sum(b_hidden * b_back, 1)
-                        b_grad_enter += tl.where(o_j[None, :] == part, b_found[:, None], 0.0)
-                        b_back, b_weighted = b_back * b_enter, b_weighted * b_enter
+                    o_part = (slot * J + part) * size
+                    _, b_part1 = load_maps(stack2 + o_part, stack1 + o_part, start, D, H, BD, BH)
+                    b_back, b_sum, b_grad_enter = _through_part(
+                        b_grad_r, b_hidden, b_part1, b_new1[part], b_grad_enter, enter, cell, m_c, part, J, C, BC,
+                        ENTER, PRECISION,
+                    )  # fmt: skip
                     b_grad_hidden += b_back
-                    b_sums = b_sums + (dot(tl.trans(b_weighted), b_grad_r, b_new1[part], PRECISION),)
+                    b_sums = b_sums + (b_sum,)
                 b_new1 = b_sums
             if READ == 1:
                 p_in, m_in = hidden_tokens(grad_q, first, heads, start, m_c, H, BH, BC)
@@ -217,16 +238,17 @@ def write_backward_kernel(
             if READ == WHOLE or READ == 0:
                 b_second -= dot(b_grad_in, tl.trans(b_d2), None, PRECISION)
                 b_grad_d2 -= dot(tl.trans(b_scores), b_grad_in, None, PRECISION)
+                b_q = load_tokens(q, first, heads, m_c, D, BD, BC)
                 b_sums = ()
                 for part in tl.static_range(J):
-                    b_back, b_weighted = dot(b_grad_in, tl.trans(b_t2[part]), None, PRECISION), b_q
-                    if ENTER:
-                        b_enter = load_part(enter, cell, part, m_c, J, C, BC)[:, None]
-                        b_found = tl.sum(b_q * b_back, 1)
-                        b_grad_enter += tl.where(o_j[None, :] == part, b_found[:, None], 0.0)
-                        b_back, b_weighted = b_back * b_enter, b_weighted * b_enter
+                    o_part = (slot * J + part) * size
+                    b_part2, _ = load_maps(stack2 + o_part, stack1 + o_part, start, D, H, BD, BH)
+                    b_back, b_sum, b_grad_enter = _through_part(
+                        b_grad_in, b_q, b_part2, b_new2[part], b_grad_enter, enter, cell, m_c, part, J, C, BC,
+                        ENTER, PRECISION,
+                    )  # fmt: skip
                     b_grad_q += b_back
-                    b_sums = b_sums + (dot(tl.trans(b_weighted), b_grad_in, b_new2[part], PRECISION),)
+                    b_sums = b_sums + (b_sum,)
                 b_new2 = b_sums
             _, b_c1 = load_maps(p_c2, p_c1, start, D, H, BD, BH)
             b_grad_p = b_grad_d2 * b_slope
@@ -277,6 +299,7 @@ def write_backward_kernel(
                 b_end2, b_end1 = load_maps(grad_c2_end + o_end, grad_c1_end + o_end, start, D, H, BD, BH)
                 b_grad_c2 += b_end2
                 b_grad_c1 += b_end1
+            b_k = load_tokens(k, first, heads, m_c, D, BD, BC)
             b_grad_c2 = dot(tl.trans(b_k), b_grad_z, b_grad_c2, PRECISION)
             b_grad_c1 = dot(tl.trans(b_grad_p), b_d1, b_grad_c1, PRECISION)
             b_grad_c1 = dot(tl.trans(gelu(b_z)), b_grad_r, b_grad_c1, PRECISION)

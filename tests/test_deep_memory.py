@@ -1,6 +1,7 @@
 """DLA and Titans: the closed form against gradients by autograd token by token, the reads, and that memories learn."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -241,7 +242,8 @@ def gradcheck(op, arguments: list, *rest) -> None:
 )
 def test_gradcheck_of_the_write(monkeypatch, parts, resumed, run, norm, loss, read):
     monkeypatch.setattr(writes, "BUDGET", 1)
-    gradcheck(writes.deep_write, write_arguments(parts, norm, resumed, read, torch.tensor(run)), loss, read)
+    op = partial(writes.deep_write, loss=loss, read=read)
+    gradcheck(op, write_arguments(parts, norm, resumed, read, torch.tensor(run)))
 
 
 def deep_read_arguments(norm: bool, **sizes) -> list:
@@ -304,6 +306,21 @@ def test_deep_selected_read(norm):
     )
     keep = (index >= 0).double()  # a weight without a memory has no gradient that means anything
     gradcheck(lambda q, w, *x: reads.deep_selected_read(q, w * keep, *x, index), [q, weights, w2, w1, scale, shift])
+
+
+def test_opcheck():
+    """Schema, fake tensors, autograd registration, and tracing with dynamic shapes."""
+    q, u, w2, w1, summaries, logit, scale, shift, birth, first = deep_read_arguments(True)
+    index = torch.zeros(*q.shape[:-1], 1, dtype=torch.int64)
+    calls = (
+        (writes.deep_write_op, *write_arguments(2, True, True, writes.ANSWER, torch.tensor([1])), "l2", writes.ANSWER),
+        (reads.deep_read_op, q, u, w2, w1, summaries, logit, scale, shift, birth, first, "softmax"),
+        (reads.deep_constant_read_op, q, w2, w1, scale, shift, visible_of(birth, first)),
+        (reads.deep_selected_read_op, q, randn(*index.shape), w2, w1, scale, shift, index),
+    )
+    for op, *arguments in calls:
+        given = (x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments)
+        torch.library.opcheck(op, tuple(given))
 
 
 # ------------------------------------------------------------------------------------------------------- learning

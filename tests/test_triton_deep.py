@@ -38,6 +38,8 @@ def test_in_the_interpreter(group):
     assert " passed" in run.stdout and " failed" not in run.stdout
 
 
+# without the ahead-of-time tracing: that is the same for both implementations, test_deep_memory has it
+REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
 KINDS = [*((True, dtype) for dtype in DTYPES), (False, torch.float32)]  # with a layer norm, and without
 
 
@@ -123,11 +125,11 @@ def test_read_ops_are_registered():
     """Fake implementations and autograd, with the Triton implementation chosen."""
     inputs = deep_inputs(True, rows=1, num=2, cached=1, width=3, heads=1)
     inputs = [x.float().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    torch.library.opcheck(deep_read_op, (*inputs, "softmax", "triton"))
+    torch.library.opcheck(deep_read_op, (*inputs, "softmax", "triton"), test_utils=REGISTERED)
     every = (inputs[0], *inputs[2:4], *inputs[6:8], visible_of(*inputs[8:]))
-    torch.library.opcheck(deep_constant_read_op, (*every, "triton"))
+    torch.library.opcheck(deep_constant_read_op, (*every, "triton"), test_utils=REGISTERED)
     chosen = [x.float().requires_grad_() if x.is_floating_point() else x for x in selected_inputs(True, rows=1, num=1)]
-    torch.library.opcheck(deep_selected_read_op, (*chosen, "triton"))
+    torch.library.opcheck(deep_selected_read_op, (*chosen, "triton"), test_utils=REGISTERED)
 
 
 @inside
@@ -187,7 +189,7 @@ def write_of(case: str):
     fields, loss, read = WRITES[case]
 
     def op(*inputs, backend):
-        return tuple(x for x in deep_write(*inputs, loss, read, backend) if x.numel())
+        return tuple(x for x in deep_write(*inputs, loss=loss, read=read, backend=backend) if x.numel())
 
     return op, lambda norm: write_inputs(norm, read, **fields)
 
@@ -228,7 +230,7 @@ def test_write_without_the_gradients_of_ends():
     found = []
     for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
         given = [x.to(dtype).requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
-        answer = deep_write(*given, loss, read, backend)[0]
+        answer = deep_write(*given, loss=loss, read=read, backend=backend)[0]
         trained = [x for x in given if x is not None and x.requires_grad]
         found.append(torch.autograd.grad(answer.square().sum(), trained))
     for expected, actual in zip(*found, strict=True):
@@ -240,7 +242,7 @@ def test_write_is_registered():
     """Fake implementation and autograd, with the Triton implementation chosen."""
     inputs = write_inputs(True, ANSWER, rows=1, chunks=1, chunk=2, run=[0])
     inputs = [x.float().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
-    torch.library.opcheck(deep_write_op, (*inputs, "l2", ANSWER, "triton"))
+    torch.library.opcheck(deep_write_op, (*inputs, "l2", ANSWER, "triton"), test_utils=REGISTERED)
 
 
 @inside
@@ -250,12 +252,12 @@ def test_write_refuses_what_no_kernel_can_do():
         inputs = write_inputs(True, ANSWER, rows=1, chunks=1, run=[0], **fields)
         inputs = [x.float() if x is not None and x.is_floating_point() else x for x in inputs]
         with pytest.raises(ValueError, match=reason):
-            deep_write(*inputs, "l2", ANSWER, "triton")
-        deep_write(*inputs, "l2", ANSWER, "auto")
+            deep_write(*inputs, loss="l2", read=ANSWER, backend="triton")
+        deep_write(*inputs, loss="l2", read=ANSWER)
 
 
 # ------------------------------------------------------------------------------------------------------- the model
 @inside
-@pytest.mark.parametrize(("memory", "case"), [("titans", "checkpoint"), ("titans", "sub-blocks"), ("dla", "ssc")])
+@pytest.mark.parametrize(("memory", "case"), [("titans", "checkpoint"), ("dla", "sub-blocks"), ("titans", "ssc")])
 def test_model(memory, case):
-    compare_models(small_config(memory, **MODELS[case]), length=19)
+    compare_models(small_config(memory, num_attention_heads=1, **MODELS[case]), length=17)

@@ -119,7 +119,8 @@ class DeepTrace(Trace):
             return self.ready[2]
         parts = zip(self.layout.tokens(x), self.calls, strict=True)
         with autocast_off(x.device):
-            answers = [deep_write(part, *call, self.loss, read, self.backend)[0] for part, call in parts]
+            kind = {"loss": self.loss, "read": read, "backend": self.backend}
+            answers = [deep_write(part, *call, **kind)[0] for part, call in parts]
         return self.layout.join(answers)
 
 
@@ -246,7 +247,8 @@ class DeepMemory(Memory):
             begun = begun.unflatten(0, (len(run), -1))[torch.arange(len(run), device=q.device), run]
             last = (begun * torch.arange(begun.shape[1], device=q.device)).amax(1)
             calls.append((*inputs, *maps, *norm, run, last))
-            answer, *end = deep_write(queries, *calls[-1], self.loss, read, self.config.mc_backend)
+            kind = {"loss": self.loss, "read": read, "backend": self.config.mc_backend}
+            answer, *end = deep_write(queries, *calls[-1], **kind)
             answers.append(answer)
             if piece > 0:  # without a token in this piece, the running inner chunk is an earlier one
                 end[2:4] = (rows_where(begun.any(1), c, old) for c, old in zip(end[2:4], ends.pop()[2:4], strict=True))
