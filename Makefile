@@ -65,6 +65,7 @@ $(OLDEST_STAMP): setup.py pyproject.toml
 	$(OLDEST)/bin/python -m pip install -e ".[test]"
 	touch $@
 
+# what was trained into other folders of outputs/ stays
 clean:
-	rm -rf build dist *.egg-info outputs .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis tests/.hypothesis
+	rm -rf build dist *.egg-info outputs/demo outputs/*.xml .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis tests/.hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

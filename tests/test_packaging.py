@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -47,13 +48,19 @@ def python(code: str, cwd: Path = ROOT, path: tuple[Path, ...] = ()) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, so that the checkout stays free of build folders."""
-    folder = tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory) -> Path:
+    """A copy of the sources, so that the checkout stays free of build folders."""
+    folder = tmp_path_factory.mktemp("copy") / "source"
     ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "outputs", "*.egg-info", "*.partial")
-    shutil.copytree(ROOT, folder / "source", ignore=ignore)
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    run = subprocess.run([*pip, "-w", str(folder), str(folder / "source")], capture_output=True, text=True)
+    run = subprocess.run([*pip, "-w", str(folder), str(source)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (built,) = folder.glob("*.whl")
     return built
@@ -82,6 +89,17 @@ def test_wheel_holds_one_top_level_module(wheel, tmp_path):
     file, width = python(code, cwd=tmp_path, path=(tmp_path,)).split()
     assert Path(file) == tmp_path / "mc_transformers" / "__init__.py"
     assert int(width) == 768
+
+
+def test_source_distribution_holds_what_a_wheel_is_built_from(source, wheel, tmp_path):
+    python(f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=source)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name.partition("/")[2] for name in archive.namelist() if name.startswith("mc_transformers/")}
+    assert modules | {"setup.py", "pyproject.toml", "README.md"} <= files
+    assert not [name for name in files if name.startswith(("tests", "examples", "docs"))]
 
 
 def test_kernels_is_not_a_regular_package():
