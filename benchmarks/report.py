@@ -56,6 +56,11 @@ def spread(values: list[float], digits: int = 3) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def wide(values: list[float]) -> bool:
+    """Whether mean and deviation hide that some runs learned and others did not."""
+    return len(values) > 1 and statistics.stdev(values) > 0.1
+
+
 def origin(study: str, runs: list[dict]) -> str:
     """Command, commits, machine, seeds and failures of a table."""
     failed = sum("error" in run for run in runs)
@@ -134,7 +139,8 @@ def recall(study: str, title: str, about: str, chart: bool) -> list[str | Figure
         points[cell] = (best[0]["cache_bytes"], statistics.mean(values))
         rate = f"{best[0]['settings']['lr']:g}" + (f" of {', '.join(map(str, rates))}" if len(rates) > 1 else "")
         sizes = (str(best[0]["cache_bytes"]), str(best[0]["parameters"]))
-        rows.append([cell, spread(values), str(len(values)), rate, *sizes])
+        single = f" ({', '.join(f'{value:.2f}' for value in values)})" if wide(values) else ""
+        rows.append([cell, spread(values) + single, str(len(values)), rate, *sizes])
     parts = [f"## {title}", about]
     if chart:
         parts += [against_none(points)]
