@@ -257,6 +257,16 @@ class MCConfig(PreTrainedConfig):
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
+    def check(self) -> None:
+        """Check all values once more: a model does, since `from_pretrained(folder, field=value)` sets them by name.
+
+        Raises:
+            ValueError: as when the config was made.
+        """
+        self._check_values()
+        self._check_combinations()
+        self.base_model_tp_plan = self._tensor_parallel_plan()
+
     def _refuse(self, field: str, allowed: str) -> None:
         raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
 

@@ -20,7 +20,6 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -64,11 +63,13 @@ class MCDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MCConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
-        self.window = {"sliding_window": config.sliding_window} if self.layer_type == "sliding_attention" else {}
+        self.window = {}
         if self.layer_type == LAYER_TYPE:
             self.mixer = MCMixer(config, layer_idx)
         else:
             self.self_attn = make_attention(config, layer_idx)
+        if self.layer_type == "sliding_attention" and not hasattr(self.self_attn, "sliding_window"):
+            self.window = {"sliding_window": config.sliding_window}  # Qwen3's attention knows its own
         self.post_norm = self.layer_type != LAYER_TYPE and config.attention_norm == "post"
         self.mlp = MCMLP(config) if config.intermediate_size else None
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -119,9 +120,10 @@ class MCPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_stateful = False  # the cache can be rolled back
-    _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": "self_attn"}
 
     def __init__(self, config: MCConfig, *args, **kwargs) -> None:
+        config.check()
         super().__init__(config, *args, **kwargs)
         # the heads make their decoder through AutoModel; Transformers loads a repository's config class a second time
         AutoModel.register(type(config), MCModel, exist_ok=True)
@@ -394,6 +396,15 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """The cache goes on without a record, which would keep the input of every later token."""
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+                if hasattr(layer, "record_past"):
+                    layer.record_past = False
 
 
 class MCForSequenceClassification(GenericForSequenceClassification, MCPreTrainedModel):

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from helpers import MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
-from mc_transformers import MCCache, MCConfig, MCForSequenceClassification
+from mc_transformers import MCCache, MCConfig, MCForCausalLM, MCForSequenceClassification
 from mc_transformers.configuration_mc import CHOICES, NOT_YET, POSITIVE
 
 
@@ -94,6 +94,15 @@ def test_a_misspelled_field_is_hinted_at(caplog):
     assert caplog.messages == ["MCConfig: `agregation` is not a field and has no effect; is `aggregation` meant?"]
     MCConfig(**MCConfig().to_dict())
     assert len(caplog.messages) == 1
+
+
+def test_values_that_are_set_later(tmp_path):
+    """`from_pretrained` sets fields on a config that was already checked."""
+    build(small_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`aggregation`='grn' is not valid, allowed"):
+        MCForCausalLM.from_pretrained(tmp_path, aggregation="grn")
+    with pytest.raises(ValueError, match="`max_cached_segments`=4 is not valid, allowed: None with segm"):
+        MCForCausalLM.from_pretrained(tmp_path, segmentation="logarithmic", max_cached_segments=4)
 
 
 def test_a_preset_that_does_not_exist():

@@ -24,7 +24,7 @@ from mc_transformers import (
     MCForTokenClassification,
     MCModel,
 )
-from mc_transformers.configuration_mc import PRESETS
+from mc_transformers.configuration_mc import CHOICES, PRESETS
 
 
 HEADS = {
@@ -245,3 +245,19 @@ def test_offloaded_parameters_are_in_place(fields):
         assert all(p.is_meta for p in model.parameters())
         assert torch.equal(model(ids, use_cache=False).logits, expected)
         assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False), written)
+
+
+@pytest.mark.parametrize("kind", CHOICES["attention"])
+def test_attention_of_hybrids(kind):
+    """Each kind with each window: masked as it should be, decoded as in one pass, its weights returned."""
+    layers = ["memory_caching", "full_attention", "sliding_attention"]
+    model = build(small_config(num_hidden_layers=3, layer_types=layers, sliding_window=4, attention=kind))
+    model.set_attn_implementation("eager")
+    ids = tokens(1, 13)
+    with torch.no_grad():
+        out = model(ids, output_attentions=True, use_cache=False)
+        full, sliding = (weights[0].abs().sum(0) > 0 for weights in out.attentions)
+        assert torch.equal(full, torch.ones(13, 13).tril().bool())
+        assert torch.equal(sliding, full & ~torch.ones(13, 13).tril(-4).bool())
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+        assert_close(model(ids[:, 7:8], past_key_values=cache).logits, out.logits[:, 7:8])

@@ -99,6 +99,15 @@ def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
     assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
 
 
+def test_nothing_is_recorded_after_speculative_decoding() -> None:
+    """A conversation that goes on with the same cache, without drafts, would keep the input of every token."""
+    model = build(small_config())
+    options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(tokens(1, 21), **options, prompt_lookup_num_tokens=4)
+    model.generate(out.sequences, **options, past_key_values=out.past_key_values)
+    assert not any(layer.record_past or layer.recorded for layer in out.past_key_values.layers)
+
+
 @pytest.mark.parametrize("fields", [{}, {"layer_types": ["full_attention", "memory_caching"]}], ids=name_of)
 def test_drafts_by_an_early_exit(fields: dict) -> None:
     """Drafts of the first layer alone change no token, and leave the model as it was."""
