@@ -32,6 +32,12 @@ def make_source(cls: type, config, folder, untouched: tuple[str, ...] = ("A_log"
     return model
 
 
+def make_kind(kinds: dict, folder, kind: str, **fields):
+    """`make_source` of one of `kinds` (class, class of its config, fields), with other `fields`."""
+    cls, config, values = kinds[kind]
+    return make_source(cls, config(**values | fields), folder)
+
+
 def train(model, steps: int = 6) -> list[float]:
     """Losses of some steps on the same tokens."""
     optimizer, losses = torch.optim.AdamW(model.train().parameters(), 3e-3), []

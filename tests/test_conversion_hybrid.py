@@ -1,10 +1,11 @@
 """Hybrids of gated delta rule and attention, of Transformers' own classes, converted."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conversion_sources import IDS, SIZES, TOKENS, make_source, train
+from conversion_sources import IDS, SIZES, TOKENS, make_kind, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     OlmoHybridConfig,
@@ -38,11 +39,7 @@ KINDS = {
 
 @pytest.fixture
 def make(tmp_path):
-    def build(kind: str, **fields):
-        cls, config, values = KINDS[kind]
-        return make_source(cls, config(**values | fields), tmp_path / "source")
-
-    return build
+    return partial(make_kind, KINDS, tmp_path / "source")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,10 +1,11 @@
 """Llama, Qwen2 and Qwen3 of Transformers: the same model with all attention, a trainable one with memory layers."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conversion_sources import IDS, SIZES, TOKENS, make_source, train
+from conversion_sources import IDS, SIZES, TOKENS, make_kind, train
 from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
@@ -36,11 +37,7 @@ KINDS = {
 
 @pytest.fixture
 def make(tmp_path):
-    def build(kind: str, **fields):
-        cls, config, values = KINDS[kind]
-        return make_source(cls, config(**values | fields), tmp_path / "source")
-
-    return build
+    return partial(make_kind, KINDS, tmp_path / "source")
 
 
 @pytest.mark.parametrize("kind", KINDS)
