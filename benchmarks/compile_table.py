@@ -8,8 +8,9 @@
 
 The launches are the ones that the ops make: the ops run on meta tensors, and `triton_common.recorder` catches each
 kernel with its arguments. Registers and stack come from cuobjdump, tensor-core instructions from nvdisasm, both of the
-Triton wheel; for AMD from the metadata in the assembly. STACK > 0 means registers were spilled. The result is written
-after every case and Triton keeps what it has compiled, so a run that was stopped goes on where it was.
+Triton wheel; for AMD from the metadata in the assembly. STACK > 0 means registers were spilled: bytes per thread, for
+AMD the number of registers. The result is written after every case and Triton keeps what it has compiled, so a run
+that was stopped goes on where it was.
 """
 
 import argparse
@@ -17,24 +18,18 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+from compile_cases import OPS, WIDTHS, cases
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mc_transformers.kernels import (
-    triton_common,
-    triton_decode_step,
-    triton_linear_write,
-    triton_segment_read,
-    triton_segment_route,
-    triton_selected_read,
-)
+from mc_transformers.kernels import triton_common
 
 
 TABLE = Path(__file__).parent / "results" / "compile_table.json"
@@ -48,7 +43,6 @@ TARGETS = {
 CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-WIDTHS = {"mc-170m": 48, "mc-340m": 64, "mc-760m": 96, "d128": 128, "mc-1.3b": 256}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32",
     torch.int64: "*i64",
@@ -120,91 +114,6 @@ def record(run: Callable, target: str) -> dict[str, Launch]:
             seen[name].append(kind)
             named[f"{name} {len(seen[name])}"] = launch
     return named
-
-
-# ------------------------------------------------------------------------------------------------------ what is run
-ROWS, SEGMENTS, WIDTH, HEADS, CACHED, TOP_K = 2, 16, 256, 16, 16, 4
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def grid(*width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return empty(ROWS, SEGMENTS, WIDTH, HEADS, *width, dtype=dtype)
-
-
-def visibility() -> tuple[torch.Tensor, torch.Tensor]:
-    """`birth` and `first` of the reads."""
-    return empty(ROWS, CACHED + SEGMENTS, dtype=torch.int64), empty(ROWS, SEGMENTS, dtype=torch.int64)
-
-
-def linear_write(width: int, dtype: torch.dtype, decay: bool = True) -> None:
-    q, k, v, go = (grid(width, dtype=dtype) for _ in range(4))
-    log_decay = grid() if decay else None
-    states = empty(ROWS, SEGMENTS, HEADS, width, width)
-    for initial, carry in ((None, False), (states[:, 0], True)):
-        triton_linear_write.forward(q, k, v, log_decay, initial, None, carry)
-        triton_linear_write.backward(go, states, q, k, v, log_decay, initial, None, carry)
-
-
-def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str = "softmax") -> None:
-    q, u, out = (grid(width, dtype=dtype) for _ in range(3))
-    states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
-    summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
-    inputs = (q, u, states, summaries, grid(), *visibility(), function)
-    triton_segment_read.forward(*inputs)
-    triton_segment_read.backward(out, grid(), out, grid(), *inputs)
-
-
-def segment_route(width: int, dtype: torch.dtype, blocks: int = 1) -> None:
-    summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
-    triton_segment_route.forward(grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
-
-
-def selected_read(width: int, dtype: torch.dtype) -> None:
-    q, out = (grid(width, dtype=dtype) for _ in range(2))
-    states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
-    inputs = (q, grid(TOP_K), states, grid(TOP_K, dtype=torch.int64))
-    triton_selected_read.forward(*inputs)
-    triton_selected_read.backward(out, *inputs)
-
-
-def decode_step(width: int, dtype: torch.dtype) -> None:
-    """One token; finished states as a cache of `dtype` holds them."""
-    q, u, logit = empty(ROWS, HEADS, width), empty(ROWS, HEADS, width, dtype=dtype), empty(ROWS, HEADS)
-    online, states = empty(ROWS, HEADS, width, width), empty(ROWS, CACHED, HEADS, width, width, dtype=dtype)
-    summaries, visible = empty(ROWS, CACHED, HEADS, 1, width), empty(ROWS, CACHED, dtype=torch.bool)
-    for top_k in (0, TOP_K):
-        triton_decode_step.forward(q, u, online, logit, states, None, summaries, visible, None, top_k, "softmax")
-
-
-# forward and backward of one op on meta tensors, from the width of a head and the dtype
-OPS: dict[str, Callable[[int, torch.dtype], None]] = {
-    "linear_write": linear_write,
-    "segment_read": segment_read,
-    "segment_route": segment_route,
-    "selected_read": selected_read,
-    "decode_step": decode_step,
-}
-# flags, at one width
-VARIANTS: dict[str, Callable[[int, torch.dtype], None]] = {
-    "linear_write no-decay": lambda width, dtype: linear_write(width, dtype, decay=False),
-    "segment_read sub-blocks": lambda width, dtype: segment_read(width, dtype, 4),
-    "segment_read sigmoid": lambda width, dtype: segment_read(width, dtype, function="sigmoid"),
-    "segment_route sub-blocks": lambda width, dtype: segment_route(width, dtype, 4),
-}
-
-
-def cases() -> Iterator[tuple[str, Callable]]:
-    """Names and runs: the preset widths in bf16 (fp16 differs in nothing that counts), fp32 and flags at width 64."""
-    for op, run in OPS.items():
-        for preset, width in WIDTHS.items():
-            yield f"{op} {preset} bf16", lambda run=run, width=width: run(width, torch.bfloat16)
-    for op, run in OPS.items():
-        yield f"{op} d64 fp32", lambda run=run: run(64, torch.float32)
-    for name, run in VARIANTS.items():
-        yield f"{name} d64 bf16", lambda run=run: run(64, torch.bfloat16)
 
 
 # -------------------------------------------------------------------------------------------------------- the table
