@@ -200,8 +200,10 @@ def needle() -> list[str | Figure]:
         f"of 32 tokens, trained for 600 steps at {lengths[0]} tokens with the needle anywhere; a value counts if all "
         "its digits are right. `mean` is the model trained with `none`, read with caching afterwards, which changes "
         "nothing where states have no decay (they add up to that of `none`, and the norm of the heads takes away the "
-        "factor); `soup` would be `grm`, as the memory is linear. Mean over 8 depths of 32 sequences each. Attention "
-        "has rotary positions and no convolution: near 0 at the length of training it has not learned the task."
+        "factor); `soup` would be `grm`, as the memory is linear. Mean over 8 depths of 32 sequences each, at "
+        "the learning rate that is best at the length of training (attention had two). Attention has rotary positions "
+        "and no convolution: near 0 at the length of training it has not learned the task, and the memories have "
+        "not learned the long values of kind 3."
     )
     parts = ["## Needle in a haystack", about]
     if maps:
@@ -418,8 +420,9 @@ LONGER = (
 VECTORS = (
     "A task that LSTM and GRU learn: 2 or 4 pairs in 64 tokens of 32 ids, zeros between the queries, width 64, 2000 "
     "steps of 32 sequences. It was found by trials with `none`: with random tokens between the queries, or with "
-    "4 pairs, the LSTM stayed at one pair guessed right. A row says whether caching keeps what the memory can do; the "
-    "pairs fit into the first segment or two. `added` is the read h_t + Σ g_i h_i instead of q ⊙ h."
+    "4 pairs, the LSTM stayed at one pair guessed right. A row says whether caching keeps what the memory can do: all "
+    "pairs stand in the first segment, and there is nothing to gain. `added` is the read h_t + Σ g_i h_i instead of "
+    "q ⊙ h, and h_t alone without caching: there `grm` stays below `none` for the LSTM."
 )
 LANGUAGE = (
     "Byte-level models of the source of Python's standard library with about as many parameters each (two layers of "

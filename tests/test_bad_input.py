@@ -248,7 +248,9 @@ def test_a_cache_is_made_from_a_config(model):
         MCCache(model)
 
 
-@pytest.mark.parametrize("make", [DynamicCache, lambda: (1, 2), lambda: MCCache(small_config())], ids=str)
+@pytest.mark.parametrize(
+    "make", [DynamicCache, lambda: (1, 2), lambda: MCCache(small_config())], ids=["empty", "tuple", "one-layer"]
+)
 @pytest.mark.parametrize("first", ["memory_caching", "full_attention"])
 def test_what_is_no_cache_of_this_model(make, first):
     """Nothing in it, no cache at all, fewer layers than the model has."""
