@@ -18,8 +18,9 @@ HYBRIDS = [
 ]
 BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in ready("cache_eviction")]
 VARIANTS = [{"memory": "swla", "state_init": "checkpoint"}, {"aggregation": "residual"}, {"aggregation": "none"}]
+IS_OLD = Version(transformers.__version__) < Version("5.23")
 OLD = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"),
+    IS_OLD,
     reason="sliding-window layers of older versions, 5.16 at least, return more than their mask covers when recording",
 )
 ALL = [*KINDS, HYBRIDS[0], pytest.param(HYBRIDS[1], marks=OLD), *BOUNDED, *VARIANTS]
@@ -108,6 +109,7 @@ def test_nothing_is_recorded_after_speculative_decoding() -> None:
     assert not any(layer.record_past or layer.recorded for layer in out.past_key_values.layers)
 
 
+@pytest.mark.skipif(IS_OLD, reason="older versions, 5.16 at least, take early drafts back without having asked to record")
 @pytest.mark.parametrize("fields", [{}, {"layer_types": ["full_attention", "memory_caching"]}], ids=name_of)
 def test_drafts_by_an_early_exit(fields: dict) -> None:
     """Drafts of the first layer alone change no token, and leave the model as it was."""
