@@ -109,7 +109,7 @@ def test_nothing_is_recorded_after_speculative_decoding() -> None:
     assert not any(layer.record_past or layer.recorded for layer in out.past_key_values.layers)
 
 
-@pytest.mark.skipif(IS_OLD, reason="older versions, 5.16 at least, take early drafts back without having asked to record")
+@pytest.mark.skipif(IS_OLD, reason="5.16 at least takes early drafts back without having asked to record")
 @pytest.mark.parametrize("fields", [{}, {"layer_types": ["full_attention", "memory_caching"]}], ids=name_of)
 def test_drafts_by_an_early_exit(fields: dict) -> None:
     """Drafts of the first layer alone change no token, and leave the model as it was."""
