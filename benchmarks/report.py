@@ -358,8 +358,11 @@ def cost() -> list[str | Figure]:
         "One layer (width 256, 4 heads, segments of 64, k = 2, fp32, batch 1) alone: time of forward and backward "
         "(training) and of forward (prefill), and what the former adds to the memory of a process of its own, per "
         "token. Exponents are of the whole against length, 1 is linear, 2 quadratic: fitted over all lengths, "
-        "and between the last two."
+        "and between the last two. "
     )
+    ends = {case: 1 + slope(points[-2:]) for case, points in lines["training"].items() if len(points) > 2}
+    steep = ", ".join(f"{case} ({end:.2f})" for case, end in ends.items() if end > 1.3)
+    about += f"In training above 1.3 between the last two: {steep or 'none'}."
     labels = ("tokens", "µs per token, forward + backward")
     long = {case: points for case, points in lines["training"].items() if len(points) > 1}
     picture = Figure("measured_cost", "Time per token against length", lambda axes: curves(axes, long, labels, "xy"))
