@@ -208,14 +208,15 @@ class MCCacheLayer(CacheLayerMixin):
         row = torch.arange(value.shape[0], device=value.device)
         slot = slot.clamp(max=stack.shape[1] - 1)
         value = torch.where(keep.view(-1, *[1] * (value.dim() - 1)), value.to(stack.dtype), stack[row, slot])
-        if self._in_place(stack, value):
+        if self._in_place(name, stack, value):
             stack.index_put_((row, slot), value)
         else:
             self.tensors[name] = stack.index_put((row, slot), value)
 
-    def _in_place(self, old: torch.Tensor, new: torch.Tensor) -> bool:
-        """Whether `old` may be overwritten: no gradient needs it and no snapshot shares it."""
-        return not (new.requires_grad or old.requires_grad or self.snapshot is not None)
+    def _in_place(self, name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
+        """Whether `old` may be overwritten: no gradient needs it and the snapshot does not share it."""
+        shared = self.snapshot is not None and self.snapshot["tensors"].get(name) is old
+        return not (new.requires_grad or old.requires_grad or shared)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
         """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
@@ -376,7 +377,7 @@ class MCStaticCacheLayer(MCCacheLayer):
         else:
             old.copy_(value)
 
-    def _in_place(self, old: torch.Tensor, new: torch.Tensor) -> bool:
+    def _in_place(self, name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
         return True
 
     def get_max_length(self) -> int:

@@ -76,6 +76,25 @@ def test_crop_of_padded_rows_and_repeated_rounds() -> None:
     assert_close(rest, full[:, done:])
 
 
+@pytest.mark.parametrize("fields", [{}, {"segmentation": "logarithmic"}, *BOUNDED], ids=name_of)
+@torch.no_grad()
+def test_a_record_costs_one_copy_of_what_is_kept(fields: dict) -> None:
+    """Tokens decoded one by one while recording: the snapshot stays as it was, and is copied once, not every token."""
+    model = build(small_config(**fields))
+    ids = tokens(2, 40)
+    full = model(ids).logits
+    cache = MCCache(config=model.config)
+    model(ids[:, :20], past_key_values=cache)
+    cache.activate_past_recording()
+    kept = []
+    for t in range(20, 36):
+        model((ids[:, t : t + 1] + 5) % 60, past_key_values=cache)
+        kept.append(cache.layers[0].tensors["kept.0"])
+    assert len({id(stack) for stack in kept}) < len(kept) // 2
+    cache.crop(-16)
+    assert_close(model(ids[:, 20:], past_key_values=cache).logits, full[:, 20:], what="after the crop")
+
+
 @torch.no_grad()
 def test_crop_without_a_record_is_refused() -> None:
     model = build(small_config())
