@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +33,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import mc_transformers as mc
-from mc_transformers.conversion.files import new_folder, write_file
+from experiment import option, save_json
+from mc_transformers.conversion.files import new_folder
 from text_data import Blocks, byte_tokenizer, reference_texts, source_texts
-
-
-def option(default, text: str):
-    """A dataclass field that HfArgumentParser explains."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -64,10 +60,6 @@ class DemoConfig:
     context: int = option(4096, "tokens of context at which speed and cache are measured")
     seed: int = option(0, "seed of weights, data order and sampling")
     stage: str | None = option(None, "run one stage only (internal)")
-
-
-def write_json(record: dict, path: Path) -> None:
-    write_file(path, json.dumps(record, indent=2) + "\n")
 
 
 def trainer(config: DemoConfig, model: PreTrainedModel, texts: tuple, tokenizer, steps: int, lr: float) -> Trainer:
@@ -253,7 +245,7 @@ def main() -> None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     if config.stage:
-        write_json(STAGES[config.stage](config), output / f"{config.stage}.json")
+        save_json(STAGES[config.stage](config), output / f"{config.stage}.json")
         return
     start, record = time.perf_counter(), {}
     for number, stage in enumerate(STAGES, 1):
@@ -261,7 +253,7 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage], check=True)
         record |= json.loads((output / f"{stage}.json").read_text(encoding="utf-8"))
     record["seconds"] = time.perf_counter() - start
-    write_json(record, output / "result.json")
+    save_json(record, output / "result.json")
     print(f"\nsample of the pretrained model:\n{record['sample']}\n\n{table(config, record)}")
     print(f"\nmodel, adapter and numbers are in {output}")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
 from mc_transformers.conversion.card import Metadata, Result, render, write_card
-from mc_transformers.conversion.files import new_folder
+from mc_transformers.conversion.files import new_folder, write_file
 
 
 def option(default, text: str):
@@ -201,6 +200,4 @@ def save_checkpoint(
 
 def save_json(record: dict, path: Path) -> None:
     """Writes under another name first: a file of the final name is always whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, json.dumps(record, indent=2) + "\n")

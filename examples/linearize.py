@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
 
 import mc_transformers as mc
-from demo import option, write_json
+from experiment import option, save_json
 from mc_transformers.conversion.convert import convert
 from mc_transformers.conversion.files import new_folder
 from text_data import Blocks, byte_tokenizer, reference_texts
@@ -226,7 +226,7 @@ def main() -> None:
     record = {"command": shlex.join(["python", *sys.argv])} | linearize(config)
     record["seconds"]["all"] = time.perf_counter() - start
     record["cpu_seconds"] = time.process_time()  # of all threads: what a busy machine does not change
-    write_json(record, path)
+    save_json(record, path)
     print(f"\nheld-out loss, nats per byte ({len(record['converted_layers'])} of {config.layers} layers converted)")
     for name, value in record["held_out_nats_per_byte"].items():
         print(f"  {name:<10} {value:.3f}")

@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +29,8 @@ from transformers import (
 )
 
 import mc_transformers as mc
+from experiment import option
 from text_data import byte_tokenizer
-
-
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
