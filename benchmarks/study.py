@@ -86,13 +86,18 @@ def mqar() -> list[Cell]:
 
 
 def mqar_256() -> list[Cell]:
-    """Recall from 256 tokens by linear memories: more and fewer pairs, and wider and narrower models."""
+    """Recall from 256 tokens: more and fewer pairs, wider and narrower models; other memories at one of the sizes."""
     cells = []
     for pairs, width in ((64, 32), (32, 32), (16, 32), (64, 16), (64, 64)):
         size = {"seq_len": 256, "vocab": 256, "pairs": pairs, "width": width}
         rules = {f"linear {name}": read for name, read in reads("linear").items()}
         for name, read in (rules | {"attention": {"layer_types": ["full_attention"]}}).items():
             cells.append(Cell(f"{name}, {pairs} pairs, width {width}", "recall", RECALL | size | read, (1e-2,)))
+    size = {"seq_len": 256, "vocab": 256, "pairs": 64, "width": 32}
+    for memory in ("swla", "gated_delta", "titans", "dla"):
+        for name in ("none", "grm", "ssc"):
+            settings = RECALL | size | {"memory": memory} | reads(memory)[name]
+            cells.append(Cell(f"{memory} {name}, 64 pairs, width 32", "recall", settings, (1e-2,), seeds=1))
     return cells
 
 
@@ -132,7 +137,7 @@ def ablations() -> list[Cell]:
 
 
 def needle() -> list[Cell]:
-    """S-NIAH 1 to 3 in small form, trained at 128 tokens, read up to 1024."""
+    """S-NIAH 1 to 3 in small form, trained at 128 tokens, read up to 1024; number 2 with a deep memory, too."""
     cells = []
     for kind in (2, 1, 3):
         for name in ("none", "grm", "ssc"):
@@ -140,6 +145,9 @@ def needle() -> list[Cell]:
             cells.append(Cell(f"{name}, {kind}", "needle", {"kind": kind, "aggregation": name} | also, (1e-2,)))
         attention = {"kind": kind, "layer_types": ["full_attention"]}
         cells.append(Cell(f"attention, {kind}", "needle", attention, (1e-2, 3e-3)))
+    for name in ("none", "grm", "soup", "ssc"):
+        deep = {"kind": 2, "memory": "dla", "aggregation": name}
+        cells.append(Cell(f"dla {name}, 2", "needle", deep, (1e-2,), seeds=1))
     return cells
 
 
