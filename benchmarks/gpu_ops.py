@@ -16,6 +16,8 @@ from mc_transformers.kernels.deep_write import deep_write
 from mc_transformers.kernels.linear_write import linear_write
 from mc_transformers.kernels.segment_read import segment_read
 from mc_transformers.kernels.selected_read import segment_route, selected_read
+from mc_transformers.kernels.slot_write import slot_write
+from mc_transformers.kernels.state_step import state_step
 
 
 DEVICE = torch.device("cpu" if triton_interpreted() else "cuda")
@@ -140,6 +142,33 @@ def decode_op(size: Size) -> Op:
     return Op(call, [q, u, online, logit, states, summaries], (1, 4), products)
 
 
+def state_op(size: Size, delta: bool) -> Op:
+    """One token per row into the running states: with the token before it (swla), or by the delta rule."""
+    group = (size.rows, size.heads)
+    k, v = unit(randn(*group, size.dim)), randn(*group, size.value)
+    again = () if delta else (unit(randn(*group, size.dim)), randn(*group, size.value), randn(*group).sigmoid())
+
+    def call(backend: str, state, k, v, log_decay, write, *again) -> torch.Tensor:
+        with torch.no_grad():
+            return state_step(state, k, v, log_decay, write, again or None, delta, backend)
+
+    inputs = [randn(*group, size.dim, size.value), k, v, F.logsigmoid(randn(*group) + 4), randn(*group).sigmoid()]
+    return Op(call, [*inputs, *again], (1, 2), size.rows * size.heads * 3 * size.dim * size.value)
+
+
+def slot_op(size: Size) -> Op:
+    """Every second row's state moves into its slot of the cache."""
+    rows = torch.arange(size.rows, device=DEVICE)[:, None] % 2 == 0
+    slot = torch.full((size.rows, 1), size.memories - 1, device=DEVICE)
+
+    def call(backend: str, kept, state) -> torch.Tensor:
+        with torch.no_grad():
+            return slot_write(kept, state[:, None], slot, rows, True, backend).detach()
+
+    kept = _memories(size)[0]
+    return Op(call, [kept, randn(size.rows, *kept.shape[2:])], (0,), 0)
+
+
 def deep_write_op(size: Size, parts: int, loss: str) -> Op:
     """Titans (momentum and decay: parts = 2) or DLA without decay (parts = 1), in whole inner chunks. Steps are small,
     so that fp32 itself is exact enough to be compared with."""
@@ -229,6 +258,9 @@ OPS: dict[str, Callable[[Size], Op]] = {
     "segment_route": route_op,
     "selected_read": selected_op,
     "decode_step": decode_op,
+    "state_step": partial(state_op, delta=False),
+    "state_step delta": partial(state_op, delta=True),
+    "slot_write": slot_op,
     **DEEP,
 }
 

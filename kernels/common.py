@@ -90,14 +90,23 @@ def _with_backend(function: Callable, module: str, name: str) -> Callable:
     return run
 
 
-def _custom_op(name: str, function: Callable, fake: Callable, triton: str | None, role: str) -> Callable:
+def needs_gradient(*inputs: object) -> bool:
+    """Whether a gradient may be asked for with respect to any tensor among the inputs."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def _custom_op(
+    name: str, function: Callable, fake: Callable, triton: str | None, role: str, mutates: tuple[str, ...] = ()
+) -> Callable:
     """An op from a function with annotated arguments; with `triton`, its last argument is the backend."""
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
     count = len(inspect.signature(function).parameters)
     if triton is not None:
         schema = schema.replace(") -> ", ', str backend="torch") -> ')
         function = _with_backend(function, triton, role)
-    op = torch.library.custom_op(f"{NAMESPACE}::{name}", without_autocast(function), mutates_args=(), schema=schema)
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", without_autocast(function), mutates_args=mutates, schema=schema
+    )
     op.register_fake(lambda *args: fake(*args[:count]))
     return op
 
@@ -127,6 +136,7 @@ def register_op(
     fake_backward: Callable | None = None,
     differentiable: int = 0,
     triton: str | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Callable:
     """Register `forward`, and `backward` as its gradient, as ops that `torch.compile` and `torch.export` see through.
 
@@ -139,9 +149,10 @@ def register_op(
         differentiable: how many of the leading inputs receive a gradient.
         triton: the module of kernels/ whose `forward` and `backward` do the same on Triton. The op then has one more
             argument, "torch" or "triton" (see `choose_backend`).
+        mutates: names of the tensors that `forward` changes in place; such an op has no `backward`.
     """
     OPS[name] = triton
-    op = _custom_op(name, forward, fake, triton, "forward")
+    op = _custom_op(name, forward, fake, triton, "forward", mutates)
     if backward is None:
         return op
     backward_op = _custom_op(f"{name}_backward", backward, fake_backward, triton, "backward")

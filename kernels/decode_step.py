@@ -8,7 +8,7 @@ Triton kernels read every state once, where it is stored and as it is stored (bf
 
 import torch
 
-from .common import choose_backend, register_op
+from .common import choose_backend, needs_gradient, register_op
 
 
 def gates_of(logits: torch.Tensor, online_logit: torch.Tensor, function: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +125,7 @@ def decode_step(
     """
     inputs = (q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function)
     backend = choose_backend(backend, "decode_step", q, *online.shape[-2:], u.shape[-1])
-    trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    if backend == "triton" and not trained and states.device == q.device:
+    if backend == "triton" and not needs_gradient(*inputs) and states.device == q.device:
         out, chosen = decode_step_op(*inputs, "triton")
     else:
         out, chosen = decode_step_torch(*inputs)

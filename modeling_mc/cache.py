@@ -11,6 +11,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
 from ..kernels.decode_step import fetch
+from ..kernels.slot_write import slot_write
 from .memories import State
 
 
@@ -198,20 +199,16 @@ class MCCacheLayer(CacheLayerMixin):
         for part, coded in self._encode(name, value).items():
             self._set(part, coded)
 
-    def store(self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor) -> None:
-        """Write `value` `[B, ...]` into slot `slot` `[B]` of tensor `name` for the rows that `keep` `[B]` marks."""
-        for part, coded in self._encode(name, value).items():
-            self._store(part, coded, slot.to(coded.device), keep.to(coded.device))
-
-    def _store(self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor) -> None:
-        stack = self.tensors[name]
-        row = torch.arange(value.shape[0], device=value.device)
-        slot = slot.clamp(max=stack.shape[1] - 1)
-        value = torch.where(keep.view(-1, *[1] * (value.dim() - 1)), value.to(stack.dtype), stack[row, slot])
-        if self._in_place(name, stack, value):
-            stack.index_put_((row, slot), value)
-        else:
-            self.tensors[name] = stack.index_put((row, slot), value)
+    def store(
+        self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor, backend: str = "torch"
+    ) -> None:
+        """Write `value` `[B, L, ...]` into slots `slot` `[B, L]` of tensor `name` where `keep` `[B, L]` is set; see
+        `kernels.slot_write`. int8 is coded by torch."""
+        coded = self.kept_dtype == torch.int8 and name.startswith("kept.")
+        for part, new in (self._encode(name, value) if coded else {name: value}).items():
+            old = self.tensors[part]
+            overwrite = self._in_place(part, old, new)
+            self.tensors[part] = slot_write(old, new, slot, keep, overwrite, "torch" if coded else backend)
 
     def _in_place(self, name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
         """Whether `old` may be overwritten: no gradient needs it and the snapshot does not share it."""

@@ -78,7 +78,5 @@ class FenwickHistory(History):
     def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
         return (layer.position // self.segment_size)[:, None] >> slot & 1 == 1
 
-    def _push_finished(self, layer: MCCacheLayer, done, full: torch.Tensor, real: torch.Tensor, gates) -> None:
-        for name, value in done:
-            for bit in range(value.shape[1]):
-                layer.store(name, value[:, bit], torch.full_like(layer.position, bit), full[:, bit])
+    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
+        return torch.arange(full.shape[1], device=full.device).expand_as(full)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.slot_write import slot_write
 from .cache import Kept, MCCacheLayer
 from .context_parallel import Shards
 from .memories import Memory, State
@@ -209,25 +210,34 @@ class History:
     ) -> None:
         """Take over states `[B, L, H, ...]` and sums of all levels that hold one more token of the rows `real` `[B]`,
         and move the ones that are complete to the finished segments. gates `[B, H, S]`: what past ones received."""
-        position = layer.position
-        real = torch.ones_like(position, dtype=torch.bool) if real is None else real
+        position, backend = layer.position, self.memory.config.mc_backend
         level = torch.arange(states[0].shape[1], device=position.device)
-        full = real[:, None] & ((position[:, None] + 1) % (self.segment_size << level) == 0)  # [B, L]
+        full = (position[:, None] + 1) % (self.segment_size << level) == 0  # [B, L]
+        if real is not None:
+            full = full & real[:, None]
         if self.keeps:
+            slot = self._finish(layer, full, real, gates)
             done = list(zip(self._names(), states[: self.memory.num_read], strict=False))
             if sums is not None:
                 blocks = ((self.segment_size << level) / self.num_blocks).to(sums.dtype)
                 done.append(("summaries", sums / blocks.view(-1, *[1] * (sums.dim() - 2))))
-            self._push_finished(layer, done, full, real, gates)
-        fresh = self.memory.initial_state(len(position), position.device, states[0].dtype)
-        for i, (after, new) in enumerate(zip(states, fresh, strict=True)):
-            after = after if self.carry else rows_where(full, new[:, None], after)
-            layer.put(f"state.{i}", rows_where(real, after, layer.tensors[f"state.{i}"]))
+            for name, value in done:
+                layer.store(name, value, slot, full, backend)
+        running = {f"state.{i}": state for i, state in enumerate(states)}
+        if not self.carry:
+            fresh = self.memory.initial_state(1, position.device, states[0].dtype)
+            for (name, after), new in zip(running.items(), fresh, strict=True):
+                running[name] = slot_write(after, new[:, None], None, full, True, backend)
         if sums is not None:
-            layer.put("sums", rows_where(real, rows_where(full, torch.zeros_like(sums), sums), layer.tensors["sums"]))
-        layer.put("position", position + real)
+            running["sums"] = slot_write(sums, sums.new_zeros(()).expand_as(sums), None, full, True, backend)
+        for name, after in running.items():
+            if real is not None:
+                before, absent = layer.tensors[name], ~real[:, None].expand_as(full)
+                after = slot_write(after, before, None, absent, True, backend)
+            layer.put(name, after)
+        layer.put("position", position + (1 if real is None else real))
 
-    def _push_finished(self, layer: MCCacheLayer, done, full: torch.Tensor, real: torch.Tensor, gates) -> None:
+    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
+        """Slots `[B, L]` that states of all levels take where they are `full` `[B, L]`."""
         slot = layer.position // self.segment_size % layer.tensors["kept.0"].shape[1]
-        for name, value in done:
-            layer.store(name, value[:, 0], slot, full[:, 0])
+        return slot[:, None]

@@ -115,11 +115,10 @@ class LeastReadHistory(History):
     def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
         return layer.tensors["segment"] >= 0
 
-    def _push_finished(self, layer: MCCacheLayer, done, full: torch.Tensor, real: torch.Tensor, gates) -> None:
-        who = self._occupants(layer, len(real), real.device)
-        who.read(gates[:, None], real[:, None])
+    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
+        who = self._occupants(layer, len(full), full.device)
+        who.read(gates[:, None], torch.ones_like(full) if real is None else real[:, None])
         slot = who.victim(layer.position + 1, self.segment_size)
         who.replace(slot, layer.position // self.segment_size, full[:, 0])
-        for name, value in done:
-            layer.store(name, value[:, 0], slot, full[:, 0])
         self._leave_occupants(who, layer)
+        return slot[:, None]

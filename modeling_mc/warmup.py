@@ -61,7 +61,11 @@ def _run(mixer: MCMixer, example: torch.Tensor, training: bool, state_dtype: tor
 
     def table(num_tokens: int, layer=None) -> SegmentTable:
         position = layer.position if layer is not None else None
-        return SegmentTable.build(1, num_tokens, size, example.device, position=position, align=mixer.memory.align)
+        # the mask of one token: rows that are padding take one kernel more
+        mask = torch.ones(1, 1, dtype=torch.bool, device=example.device) if num_tokens == 1 else None
+        return SegmentTable.build(
+            1, num_tokens, size, example.device, attention_mask=mask, position=position, align=mixer.memory.align
+        )
 
     x = example.new_empty(1, SEGMENTS * size, mixer.config.hidden_size).normal_()
     trained = [p for p in mixer.parameters() if p.requires_grad]

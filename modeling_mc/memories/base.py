@@ -142,7 +142,8 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def step(self, state: State, k: torch.Tensor, v: torch.Tensor, gates: dict[str, torch.Tensor]) -> State:
-        """The state after one more token: k `[B, H, dk]`, v `[B, H, dv]`, gates `[B, H]` (eq. 4)."""
+        """The state after one more token: k `[B, H, dk]`, v `[B, H, dv]`, gates `[B, H]` (eq. 4). Tensors of its own:
+        `History.push` may overwrite them."""
         raise NotImplementedError
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...kernels.delta_write import delta_write, fla_rule, fla_write
+from ...kernels.state_step import state_step
 from ..segments import SegmentTable
 from .base import Bias, State, Trace
 from .matrix import MatrixMemory
@@ -57,8 +58,5 @@ class GatedDeltaMemory(MatrixMemory):
         return Trace(online, (ends,))
 
     def step(self, state: State, k, v, gates) -> State:
-        (matrix,) = state
-        k, v = k.to(matrix.dtype), v.to(matrix.dtype)
-        matrix = gates["log_decay"].exp()[..., None, None] * matrix
-        delta = gates["write"][..., None] * (v - self.read((matrix,), k))
-        return (matrix + k[..., :, None] * delta[..., None, :],)
+        strengths, backend = (gates["log_decay"], gates["write"]), self.config.mc_backend
+        return (state_step(state[0], k, v, *strengths, delta=True, backend=backend),)

@@ -7,6 +7,7 @@ from ...kernels.decode_step import decode_step
 from ...kernels.linear_write import linear_write
 from ...kernels.segment_read import segment_read
 from ...kernels.selected_read import selected_read
+from ...kernels.state_step import state_step
 from ..segments import SegmentTable
 from .base import Memory, State, Trace
 
@@ -15,7 +16,8 @@ class MatrixMemory(Memory):
     """S_t = a_t S_{t-1} + k_t v_t^T. Subclasses give the gates; "log_decay" and "write" (strength) are optional."""
 
     def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
-        return (torch.zeros(num, self.num_heads, self.key_dim, self.value_dim, device=device, dtype=dtype),)
+        zero = torch.zeros((), device=device, dtype=dtype)  # expanded: who reads M_0 reads one number
+        return (zero.expand(num, self.num_heads, self.key_dim, self.value_dim),)
 
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
         if "write" in gates:
@@ -27,12 +29,8 @@ class MatrixMemory(Memory):
         return Trace(online, (ends,))
 
     def step(self, state: State, k, v, gates) -> State:
-        if "write" in gates:
-            v = v * gates["write"][..., None]
-        (matrix,) = state
-        if "log_decay" in gates:
-            matrix = gates["log_decay"].exp()[..., None, None] * matrix
-        return (matrix + k.to(matrix.dtype)[..., :, None] * v.to(matrix.dtype)[..., None, :],)
+        strengths = (gates.get("log_decay"), gates.get("write"))
+        return (state_step(state[0], k, v, *strengths, backend=self.config.mc_backend),)
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         return (q.to(state[0].dtype)[..., None, :] @ state[0])[..., 0, :]

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ...kernels.linear_write import linear_write
+from ...kernels.state_step import state_step
 from ..segments import SegmentTable
 from .base import State, Trace, compute_dtype
 from .matrix import MatrixMemory
@@ -61,6 +62,6 @@ class SWLAMemory(MatrixMemory):
 
     def step(self, state: State, k, v, gates) -> State:
         matrix, last_k, last_v = state
-        (matrix,) = super().step((matrix,), k, v, gates)
-        matrix = matrix + last_k[..., :, None] * (last_v * gates["again"][..., None])[..., None, :]
-        return matrix, k.to(matrix.dtype), v.to(matrix.dtype)
+        again, backend = (last_k, last_v, gates["again"]), self.config.mc_backend
+        matrix = state_step(matrix, k, v, gates["log_decay"], gates["write"], again, backend=backend)
+        return matrix, k.to(matrix.dtype, copy=True), v.to(matrix.dtype, copy=True)
