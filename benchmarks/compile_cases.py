@@ -16,6 +16,8 @@ from mc_transformers.kernels import (
     triton_segment_read,
     triton_segment_route,
     triton_selected_read,
+    triton_slot_write,
+    triton_state_step,
 )
 from mc_transformers.kernels.common import WIDEST, WIDEST_DEEP
 from mc_transformers.kernels.deep_common import ANSWER
@@ -88,6 +90,23 @@ def decode_step(
         )  # fmt: skip
 
 
+def state_step(width: int, dtype: torch.dtype) -> None:
+    """One token: gated linear attention, with the token before it (swla), by the delta rule."""
+    state, gate = empty(ROWS, HEADS, width, width), empty(ROWS, HEADS)
+    k, last = empty(ROWS, HEADS, width, dtype=dtype), empty(ROWS, HEADS, width)
+    for again, delta in (((None, None, None), False), ((last, last, gate), False), ((None, None, None), True)):
+        triton_state_step.forward(state, k, k, gate, gate, *again, delta)
+
+
+def slot_write(width: int, dtype: torch.dtype) -> None:
+    """A state moves into the cache, is set to zero, and keeps what it had."""
+    state, kept = empty(ROWS, 1, HEADS, width, width), empty(ROWS, CACHED, HEADS, width, width, dtype=dtype)
+    slot, rows = empty(ROWS, 1, dtype=torch.int64), empty(ROWS, 1, dtype=torch.bool)
+    triton_slot_write.forward(kept, state, slot, rows)
+    triton_slot_write.forward(state, empty().expand_as(state), None, rows)
+    triton_slot_write.forward(state, state, None, rows)
+
+
 def deep_write(width: int, dtype: torch.dtype, parts: int, loss: str, resumed: bool = False) -> None:
     """Independent segments of WIDTH tokens. parts: 2 with momentum and decay, else 1. resumed: in the middle of an
     inner chunk, segment after segment."""
@@ -158,7 +177,7 @@ DEEP: dict[str, Run] = {
     "deep_read": deep_read,
     "deep_selected_read": deep_selected_read,
 }
-OPS = LINEAR | DEEP
+OPS = LINEAR | {"state_step": state_step} | DEEP
 # flags, at one width
 VARIANTS: dict[str, Run] = {
     "linear_write no-decay": partial(linear_write, decay=False),
@@ -168,6 +187,7 @@ VARIANTS: dict[str, Run] = {
     "decode_step int8": partial(decode_step, kept=torch.int8),
     "decode_step sigmoid": partial(decode_step, function="sigmoid"),
     "decode_step given": partial(decode_step, given=True),
+    "slot_write": slot_write,  # no width is known to it
     "deep_write titans-resumed": partial(deep_write, parts=2, loss="l2", resumed=True),
     "deep_constant_read": deep_constant_read,
 }
@@ -180,8 +200,8 @@ def widths_of(op: str) -> dict[str, int]:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Names and runs: the preset widths in bf16, fp16 and fp32 at some, and flags at width 64. Deep memories have no
-    fp16: it takes the instructions of bf16."""
+    """Names and runs: the preset widths in bf16, fp16 and fp32 at some, and flags at width 64. Deep memories and
+    `state_step` have no fp16: it takes the instructions of bf16."""
     for op, run in OPS.items():
         for preset, width in widths_of(op).items():
             yield f"{op} {preset} bf16", partial(run, width, torch.bfloat16)

@@ -102,6 +102,8 @@ COMPILED = [
     ("segment_read mc-1.3b bf16", "_gates_kernel 1", "sm_90"),
     ("selected_read d128 bf16", "_tile_kernel 2", "sm_90"),
     ("decode_step mc-1.3b bf16", "_token_kernel 1", "sm_90"),
+    ("state_step mc-340m bf16", "_state_kernel 3", "sm_90"),
+    ("slot_write d64 bf16", "_slot_kernel 1", "gfx942"),
     ("deep_write titans mc-340m bf16", "_write_kernel 1", "sm_90"),
     ("deep_read mc-340m bf16", "_read_kernel 1", "gfx942"),
     ("deep_selected_read d128 bf16", "_tile_kernel 1", "sm_80"),
