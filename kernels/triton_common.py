@@ -69,12 +69,12 @@ def _chip(device: torch.device) -> str:
         return "hopper"
     if torch.version.hip is not None:
         return "amd"
-    return "hopper" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
 
 
 def chip(x: torch.Tensor) -> str:
-    """The class of chips that block sizes are chosen for: "ampere" (operands in registers), "hopper" and later
-    (operands in shared memory) or "amd" (64 KiB of it)."""
+    """What blocks are chosen for: "ampere", "hopper", "blackwell" or later, or "amd" (64 KiB of shared memory)."""
     return target or _chip(x.device)
 
 

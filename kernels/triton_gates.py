@@ -1,8 +1,8 @@
 """Content gates on Triton (eq. 10): gates of past memories from u and segment summaries, and their gradients.
 
 The gates of a block of query segments are written out, segment by segment: `[G, S, T]` in fp32 for T tokens and
-G = rows x heads. They cost 4 bytes where a matrix memory's read costs dk * dv multiply-adds, and in return the read
-kernels are plain products that know nothing of gates. `query_blocks` bounds their size; nothing is kept for backward.
+G = rows x heads. Deep reads and the backward of `segment_read` take them as given, as plain products that know
+nothing of gates; the forward of `segment_read` does without. `query_blocks` bounds their size; nothing is kept.
 """
 
 from collections.abc import Callable, Iterator

@@ -114,11 +114,12 @@ class _Pairs:
         self.q, self.states = q.to(dtype).contiguous(), states.to(dtype).contiguous()
         self.weights, self.index = weights.float().contiguous(), index.contiguous()
         on = chip(q)
-        self.tiles = Tiles(index, states.shape[1], 32 if dtype == torch.float32 else 128 if on == "hopper" else 64)
+        later = on in ("hopper", "blackwell")
+        self.tiles = Tiles(index, states.shape[1], 32 if dtype == torch.float32 else 128 if later else 64)
         self.source = torch.where(self.tiles.filled, self.tiles.source, -1)
         self.top_k, self.precision = index.shape[-1], dot_precision(self.q)
         self.largest = 64 if on == "amd" else 128
-        self.config = ({}, 8 if on == "hopper" and self.tiles.size == 128 else 4, 1 if on == "amd" else 2)
+        self.config = ({}, 8 if later and self.tiles.size == 128 else 4, 1 if on == "amd" else 2)
 
     def answers(self, rows: torch.Tensor, out_dim: int, transposed: bool, other: torch.Tensor | None = None):
         """Rows `[R, N, W, H, out_dim]` of tokens, summed over their pairs; and `other . S row` of every pair."""

@@ -98,6 +98,7 @@ SPILLS: dict[str, dict[tuple[str, str], int]] = {  # bytes per thread; on gfx942
 # some of those that need the most, of every op and every preset width
 COMPILED = [
     *((f"linear_write {preset} bf16", "_unit_kernel 2", "sm_90") for preset in ("mc-170m", "mc-760m")),
+    ("segment_read d128 bf16", "_read_kernel 1", "sm_90"),
     ("segment_read mc-340m bf16", "_read_backward_kernel 1", "sm_90"),
     ("segment_read mc-1.3b bf16", "_gates_kernel 1", "sm_90"),
     ("selected_read d128 bf16", "_tile_kernel 2", "sm_90"),

@@ -159,6 +159,7 @@ MORE_READS = {
     "vectors": {"rows": 1, "num": 3, "width": 5, "key": 1, "value": 9},
     "wide-keys": {"rows": 1, "num": 2, "cached": 1, "width": 5, "heads": 1, "key": 150, "value": 9, "summary": 40},
     "wide-values": {"rows": 1, "num": 2, "cached": 1, "width": 5, "heads": 1, "key": 9, "value": 150},
+    "many-packed": {"rows": 1, "num": 36, "cached": 0, "width": 1, "heads": 1, "packed": True},
 }
 
 
@@ -175,12 +176,23 @@ def test_segment_read(case, function, dtype, poison):
 @inside
 @pytest.mark.parametrize("case", ["plain", "packed", "sub-blocks"])
 def test_segment_read_block_by_block(case, monkeypatch, poison):
-    """The same with gates of one query segment at a time."""
+    """The same with gates of one query segment at a time in the backward."""
     from mc_transformers.kernels import triton_gates
 
     monkeypatch.setattr(triton_gates, "ELEMENTS", 1)
     monkeypatch.setattr(triton_gates, "PROGRAMS", 0)
     inputs = read_inputs(**READS[case])
+    compare(lambda *x, backend: segment_read(*x, "softmax", backend), inputs, (0, 1), torch.float32)
+
+
+@inside
+def test_segment_read_of_hidden_memories(poison):
+    """More than one step's memories in a row, of which a query may read none, first, last and in between."""
+    inputs = [*read_inputs(rows=1, num=1, cached=70, width=3, heads=1, summary=70, blocks=2)]
+    inputs[1] = inputs[1] / 8  # as in a model: logits of about 1
+    birth = inputs[5]
+    birth[:] = 2**30
+    birth[:, 20:22] = birth[:, 50] = 0
     compare(lambda *x, backend: segment_read(*x, "softmax", backend), inputs, (0, 1), torch.float32)
 
 
