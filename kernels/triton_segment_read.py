@@ -284,7 +284,7 @@ class _Read:
         stages = 2 if self.wide else 3
         launch(_read_backward_kernel, grid, args | self.gates.sizes, meta, self._configs((64, 8, stages)))
         meta = self.meta | {"BK": min(power_of_two(self.key_dim), 128), "BV": min(power_of_two(self.value_dim), 128)}
-        blocks = triton.cdiv(self.key_dim, meta["BK"]) * triton.cdiv(self.value_dim, value_block)
+        blocks = triton.cdiv(self.key_dim, meta["BK"]) * triton.cdiv(self.value_dim, meta["BV"])
         args = {
             "grad_out": grad_out, "q": self.q, "gates": gates, "grad_states": grad_states, "begin": begin,
             "count": count,

@@ -159,6 +159,7 @@ MORE_READS = {
     "vectors": {"rows": 1, "num": 3, "width": 5, "key": 1, "value": 9},
     "wide-keys": {"rows": 1, "num": 2, "cached": 1, "width": 5, "heads": 1, "key": 150, "value": 9, "summary": 40},
     "wide-values": {"rows": 1, "num": 2, "cached": 1, "width": 5, "heads": 1, "key": 9, "value": 150},
+    "blocks-of-16": {"rows": 2, "num": 3, "cached": 1, "width": 5, "key": 96, "value": 48},
     "many-packed": {"rows": 1, "num": 36, "cached": 0, "width": 1, "heads": 1, "packed": True},
 }
 
