@@ -3,8 +3,8 @@ state starts anew, a row without a token keeps what it had.
 
     target[b, slot[b, l]] = source[b, l]      where rows[b, l] is set; everything else stays as it is
 
-The Triton kernel changes `target` itself and reads and writes nothing of the other rows; torch, which cannot know on
-the host which rows are set, reads and writes all of them.
+The Triton kernel changes `target` itself and reads and writes nothing of the other rows. Torch reads and writes all of
+them, unless no row is set at all, which it can ask on a CPU only without waiting.
 """
 
 import torch
@@ -16,6 +16,8 @@ def _written(
     target: torch.Tensor, source: torch.Tensor, slot: torch.Tensor | None, rows: torch.Tensor, overwrite: bool
 ) -> torch.Tensor:
     """See `slot_write`."""
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not rows.any():
+        return target
     source = source.to(target.device, target.dtype)
     rows = rows.to(target.device)[(..., *[None] * (target.dim() - 2))]
     if slot is None:
@@ -53,7 +55,7 @@ def slot_write(
             rows or levels; fp32 or another float dtype for Triton.
         slot: `[B, L]` int64, another one for each l; None: l itself, with L = S.
         rows: `[B, L]` bool, what is written. The slot of a row with L = 1 that is not may be any.
-        overwrite: `target` may be changed; with a slot, it then is, and is what is returned.
+        overwrite: `target` may be changed, and with a slot is what is returned.
         backend: "auto", "triton" or "torch", see `choose_backend`. Triton has no gradient, always overwrites, and
             reaches no other device: where it cannot run torch runs, whatever is asked for.
     """

@@ -41,7 +41,8 @@ def forward(target, source, slot, rows):
     """See `slot_write`."""
     levels = rows.shape[1]
     source = source.expand(len(target), levels, *target.shape[2:])
-    uniform = not any(source.stride()[2:])
+    strides = zip(source.stride()[2:], source.shape[2:], strict=True)
+    uniform = all(stride == 0 or length == 1 for stride, length in strides)
     if not (uniform or source[0, 0].is_contiguous()):
         source = source.contiguous()
     size = target[0, 0].numel()
