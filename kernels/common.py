@@ -113,7 +113,8 @@ def _custom_op(
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """A region without autocast; the meta device, on which sizes are computed, knows none."""
-    known = torch.amp.is_autocast_available(device.type)
+    # torch.compile of torch 2.11 and before cannot look through the question, and never compiles for meta
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
