@@ -96,11 +96,10 @@ def test_state_step_with_a_gradient():
 
 
 @inside
-@pytest.mark.parametrize("rule", ["linear", "swla", "delta"])
-def test_state_step_is_registered(rule):
+@pytest.mark.parametrize("rule, backend", [("swla", "torch"), ("swla", "triton"), ("delta", "triton")])
+def test_state_step_is_registered(rule, backend):
     *inputs, again, delta = step_inputs(**RULES[rule])
-    for backend in ("torch", "triton"):
-        torch.library.opcheck(state_step_op, (*inputs, *(again or [None] * 3), delta, backend))
+    torch.library.opcheck(state_step_op, (*inputs, *(again or [None] * 3), delta, backend))
 
 
 # ------------------------------------------------------------------------------------------------------ slot_write
@@ -219,15 +218,15 @@ def launches(monkeypatch) -> dict[str, int]:
 
 @inside
 @pytest.mark.parametrize(
-    "case, static", [*((case, False) for case in DECODED), ("linear-ssc", True), ("swla", True), ("oldest", True)]
+    "case, static", [*((case, False) for case in DECODED), ("swla", True), ("oldest", True)]
 )
 @torch.no_grad()
 def test_model_decodes_the_same(case, static, launches):
     """Logits and everything in the cache: rows at different places, tokens that are padding, a border of segments."""
     fields, stored = DECODED[case]
     model = build(small_config(**SMALL | fields))
-    ids, mask = tokens(3, 20), torch.ones(3, 20, dtype=torch.long)
-    mask[0, :3] = mask[1, 14] = mask[1, 17] = mask[2, 15] = 0
+    ids, mask = tokens(3, 18), torch.ones(3, 18, dtype=torch.long)
+    mask[0, :3] = mask[1, 14] = mask[1, 16] = mask[2, 15] = 0
     found = []
     for backend in ("torch", "triton"):
         model.config.mc_backend = "torch"
@@ -236,12 +235,12 @@ def test_model_decodes_the_same(case, static, launches):
             layer.kept_dtype = stored
         logits = [model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache).logits]
         model.config.mc_backend = backend
-        for t in range(12, 20):
-            seen = {} if t == 19 else {"attention_mask": mask[:, : t + 1]}  # the last one without a mask
+        for t in range(12, 18):
+            seen = {} if t == 17 else {"attention_mask": mask[:, : t + 1]}  # the last one without a mask
             logits.append(model(ids[:, t : t + 1], past_key_values=cache, **seen).logits)
         found.append((torch.cat(logits, 1), {n: x.clone() for n, x in cache.layers[0].tensors.items()}))
         assert (launches["slot_write"] > 0) == (backend == "triton")
-    assert launches["state_step"] == (0 if fields["memory"] == "titans" else 8)
+    assert launches["state_step"] == (0 if fields["memory"] == "titans" else 6)
     (expected, left), (actual, left_t) = found
     # a state that comes out differently in the last bit may be rounded to another number
     tolerance = 1e-5 if stored is None else 1e-2
@@ -284,20 +283,19 @@ def test_model_leaves_a_snapshot_alone():
 
 
 @inside
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @torch.no_grad()
-def test_model_compiles_into_one_graph(backend, launches):
+def test_model_compiles_into_one_graph(launches):
     """The ops that change tensors are seen as such, over borders of segments, with a static cache."""
     torch._dynamo.reset()
     model = build(small_config("gated_linear", aggregation="ssc", **SMALL))
-    ids = tokens(1, 16)
+    ids = tokens(1, 12)
     full = model(ids).logits
-    cache = StaticCache(config=model.config, max_cache_len=16)
+    cache = StaticCache(config=model.config, max_cache_len=12)
     model(ids[:, :6], past_key_values=cache)
     model.config.mc_backend = "triton"
-    step = torch.compile(model, backend=backend, fullgraph=True)
+    step = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = [
-        step(ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 16)
+        step(ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 12)
     ]
     assert relative_error(torch.cat(out, 1), full[:, 6:]) < 1e-5
-    assert launches["state_step"] >= 10 and launches["slot_write"] >= 40
+    assert launches["state_step"] >= 6 and launches["slot_write"] >= 24
