@@ -79,7 +79,7 @@ def mqar() -> list[Cell]:
     cells.append(Cell("attention", "recall", RECALL | {"layer_types": ["full_attention"]}, (1e-2, 2e-2)))
     for memory in MEMORIES[1:]:
         cells += [
-            Cell(f"{memory} {name}", "recall", RECALL | {"memory": memory} | read, (1e-2,), seeds=1)
+            Cell(f"{memory} {name}", "recall", RECALL | {"memory": memory} | read, (1e-2,))
             for name, read in reads(memory).items()
         ]
     return cells
