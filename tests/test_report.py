@@ -46,9 +46,9 @@ def test_the_best_rate_is_chosen_over_seeds_and_failures_are_counted(results):
     write(path, "linear grm", 0.2, 0, error="RuntimeError: no")
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     text = (results / "results.md").read_text()
-    assert "| linear none | 0.550 ± 0.495 (0.90, 0.20) | 2 | 0.2 of 0.1, 0.2 | 8 | 9 |" in text
+    assert "| linear none | 0.550 ± 0.495 (0.90, 0.20) | 2 of 2 | 0.2 of 0.1, 0.2 | 8 | 9 |" in text
     assert "7 runs, 1 failed" in text
-    assert "Not above `none` of the same memory: linear grm (-0.150)." in text
+    assert "Not above `none` of the same memory: linear grm [2] (-0.150)." in text
     assert (results / "mqar.svg").read_text().startswith("<?xml")
     write(path, "linear none", 0.3, 0, accuracy=1.0)
     assert report.main(["--check"]) == 1
