@@ -44,7 +44,19 @@ def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
             "MCCache or DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of "
             "attention, which a memory layer cannot use: take prompt tuning or LoRA"
         )
+    cache.layers[index] = layer = own_layer(layer)
     return layer
+
+
+def own_layer(layer: "MCCacheLayer") -> "MCCacheLayer":
+    """An empty layer of a bundle's copy of this code as one of ours: Transformers makes layers of the class that was
+    imported last, and versions may differ. Other layers stay as they are."""
+    if isinstance(layer, MCCacheLayer) or layer.is_initialized:
+        return layer
+    kind = MCStaticCacheLayer if layer.is_compileable else MCCacheLayer
+    new = kind(max_cache_len=layer.get_max_length())
+    new.kept_dtype, new.kept_device, new.record_past = layer.kept_dtype, layer.kept_device, layer.record_past
+    return new
 
 
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = memory_caching_mask

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mc import LAYER_TYPE
-from .cache import Kept, MCCacheLayer, is_memory_layer
+from .cache import Kept, MCCacheLayer, is_memory_layer, own_layer
 from .memory_file import fingerprint, read, write
 
 
@@ -62,6 +62,7 @@ class MCCache(DynamicCache):
         super().__init__(config=config, **kwargs)
         if state_dtype not in STATE_DTYPES:
             raise ValueError(f"MCCache: `state_dtype`={state_dtype} is not valid, allowed: {STATE_DTYPES}")
+        self.layers = [own_layer(layer) if is_memory_layer(layer) else layer for layer in self.layers]
         self.filled_by: ModelRef | None = None  # the model, for the fingerprint of `save_pretrained`
         for layer in self.memory_layers:
             layer.kept_dtype = state_dtype

@@ -130,6 +130,10 @@ def test_bundle_and_plugin_in_one_process(memory, tmp_path, monkeypatch):
             generated = model.generate(ids, past_key_values=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
             assert generated.shape == (2, 26)
             assert cache is None or (cache.nbytes > 0 and cache.num_segments > 0)
+        for options in ({}, {"cache_implementation": "static"}):  # each reads through its own code
+            options |= {"max_new_tokens": 2, "disable_compile": True, "return_dict_in_generate": True}
+            layers = model.generate(ids, **options).past_key_values.layers
+            assert {type(layer).__module__.split(".")[0] for layer in layers} == {type(model).__module__.split(".")[0]}
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
     loss = [model.train()(ids, labels=ids).loss for model in (ours, theirs)]
