@@ -117,12 +117,12 @@ def record(run: Callable, target: str) -> dict[str, Launch]:
 
 
 # -------------------------------------------------------------------------------------------------------- the table
-def save(rows: list[dict]) -> None:
+def save(rows: list[dict], path: Path) -> None:
     """One line per kernel and target."""
     lines = ",\n".join(json.dumps(row) for row in rows)
-    partial = TABLE.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     partial.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    partial.rename(TABLE)
+    partial.rename(path)
 
 
 def current(rows: list[dict], launched: dict[str, Launch]) -> bool:
@@ -131,9 +131,9 @@ def current(rows: list[dict], launched: dict[str, Launch]) -> bool:
     return known == json.loads(json.dumps({name: launch.meta for name, launch in launched.items()}))
 
 
-def compile_all(only: str, targets: list[str], missing: bool) -> None:
-    """Compile the cases whose name starts with `only`, and replace their rows in the table."""
-    known = load() if TABLE.exists() else {"triton": triton.__version__, "rows": []}
+def compile_all(only: str, targets: list[str], missing: bool, path: Path) -> None:
+    """Compile the cases whose name starts with `only`, and replace their rows in the table of `path`."""
+    known = load(path) if path.exists() else {"triton": triton.__version__, "rows": []}
     every = dict(cases())
     table: dict[tuple[str, str], list[dict]] = {}
     for row in known["rows"] if known["triton"] == triton.__version__ else []:
@@ -150,13 +150,13 @@ def compile_all(only: str, targets: list[str], missing: bool) -> None:
                 found.append(about | launch.compile(target) | {"meta": launch.meta})
                 progress.update()
             table[name, target] = found
-            save([row for name in every for target in TARGETS for row in table.get((name, target), [])])
+            save([row for name in every for target in TARGETS for row in table.get((name, target), [])], path)
 
 
-def load() -> dict:
-    """What is committed: `triton` (version) and `rows` with case, kernel, target, registers, stack and shared (bytes),
+def load(path: Path = TABLE) -> dict:
+    """What was written: `triton` (version) and `rows` with case, kernel, target, registers, stack and shared (bytes),
     tensor_core (instructions) and meta (compile-time constants)."""
-    return json.loads(TABLE.read_text())
+    return json.loads(path.read_text())
 
 
 def markdown(table: dict) -> str:
@@ -192,12 +192,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name starts with this")
     parser.add_argument("--missing", action="store_true", help="only what the table lacks or what changed")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--output", type=Path, default=TABLE, help="rows of another Triton version are not kept there")
     parser.add_argument("--markdown", action="store_true", help="print the committed table and compile nothing")
     args = parser.parse_args()
     if args.markdown:
         print(markdown(load()))
     else:
-        compile_all(args.only, args.targets, args.missing)
+        compile_all(args.only, args.targets, args.missing, args.output)
 
 
 if __name__ == "__main__":
