@@ -265,7 +265,9 @@ class MCConfig(PreTrainedConfig):
         """
         self._check_values()
         self._check_combinations()
-        self.base_model_tp_plan = self._tensor_parallel_plan()
+        # older Transformers has put tied embeddings into the plan
+        others = {name: style for name, style in self.base_model_tp_plan.items() if not name.startswith("layers.")}
+        self.base_model_tp_plan = others | self._tensor_parallel_plan()
 
     def _refuse(self, field: str, allowed: str) -> None:
         raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")

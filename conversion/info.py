@@ -52,6 +52,7 @@ def versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
+    found["torch"] = torch.__version__  # names the build, which the wheel's metadata may not
     return {"python": f"{platform.python_version()} ({platform.platform()})", **found}
 
 

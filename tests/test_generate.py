@@ -118,8 +118,8 @@ def test_inputs_embeds(linear):
 def test_a_dynamic_cache_of_the_config_will_do(linear):
     ids = tokens(2, PROMPT)
     cache = DynamicCache(config=linear.config)
-    assert all(isinstance(layer, MCCacheLayer) for layer in cache.layers)
     assert torch.equal(generate(linear, ids, past_key_values=cache), generate(linear, ids))
+    assert all(isinstance(layer, MCCacheLayer) for layer in cache.layers)
     assert cache.get_seq_length() == PROMPT + NEW - 1
 
 
