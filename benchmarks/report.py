@@ -432,7 +432,8 @@ ABLATION = (
 LONGER = (
     "The same task in 256 tokens with 256 ids, everything else as above, one learning rate. Of the sizes and memories "
     "of the study only those in the table have run. At this length the states that a linear memory keeps take as many "
-    "bytes as the keys and values of attention, and `grm` recalls about as much; `ssc` reads 2 of up to 15 finished segments."
+    "bytes as the keys and values of attention, and `grm` recalls about as much; `ssc` reads 2 of up to 15 finished "
+    "segments."
 )
 VECTORS = (
     "A task that LSTM and GRU learn: 2 or 4 pairs in 64 tokens of 32 ids, zeros between the queries, width 64, 2000 "
