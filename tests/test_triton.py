@@ -32,14 +32,19 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-3}
 DTYPES = list(TOLERANCE)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.parametrize("group", GROUPS)
-def test_in_the_interpreter(group):
+def run_interpreted(group: str, file: str) -> None:
+    """The tests of one group of a file, in a process with Triton's interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"test_{group}", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"test_{group}", file]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and " failed" not in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.parametrize("group", GROUPS)
+def test_in_the_interpreter(group):
+    run_interpreted(group, __file__)
 
 
 # ------------------------------------------------------------------------------------------------------ comparison

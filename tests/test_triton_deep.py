@@ -1,14 +1,20 @@
 """The Triton kernels of deep memories in Triton's interpreter, as `test_triton` does it: see there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_deep_memory import visible_of
 from test_kernels_torch import choices, randn, read_inputs
-from test_triton import DTYPES, MODELS, compare, compare_models, inside, poison, rms_ratio  # noqa: F401, a fixture
+from test_triton import (
+    DTYPES,
+    INTERPRETED,
+    MODELS,
+    compare,
+    compare_models,
+    inside,
+    poison,  # noqa: F401, a fixture
+    rms_ratio,
+    run_interpreted,
+)
 
 from helpers import small_config
 from mc_transformers.kernels.common import choose_backend
@@ -24,18 +30,13 @@ from mc_transformers.kernels.deep_write import ANSWER, NOTHING, deep_write, deep
 
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GROUPS = ("read", "write", "model")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize("group", GROUPS)
 def test_in_the_interpreter(group):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"test_{group}", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and " failed" not in run.stdout
+    run_interpreted(group, __file__)
 
 
 # without the ahead-of-time tracing: that is the same for both implementations, test_deep_memory has it

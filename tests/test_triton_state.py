@@ -1,13 +1,9 @@
 """The Triton kernels that keep a running state, in Triton's interpreter, as `test_triton` does it: see there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from test_kernels_torch import randn
-from test_triton import DTYPES, inside, poison, rms_ratio  # noqa: F401, a fixture
+from test_triton import DTYPES, INTERPRETED, inside, poison, rms_ratio, run_interpreted  # noqa: F401, a fixture
 from transformers import StaticCache
 
 from helpers import build, relative_error, small_config, tokens
@@ -17,18 +13,13 @@ from mc_transformers.kernels.state_step import state_step, state_step_op
 
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GROUPS = ("state", "slot", "model")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize("group", GROUPS)
 def test_in_the_interpreter(group):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"test_{group}", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and " failed" not in run.stdout
+    run_interpreted(group, __file__)
 
 
 # ------------------------------------------------------------------------------------------------------ state_step
