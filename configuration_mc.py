@@ -17,7 +17,6 @@ logger = logging.get_logger(__name__)
 LAYER_TYPE = "memory_caching"
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
 CHOICES = {
-    "memory": ("linear", "retention", "gated_linear", "swla", "gated_delta", "dla", "titans", "lstm", "gru"),
     "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
     "segmentation": ("constant", "logarithmic"),
     "state_init": ("independent", "checkpoint"),
@@ -34,12 +33,6 @@ CHOICES = {
     "attention_norm": ("pre", "post"),
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
-DEEP_MEMORIES = ("dla", "titans")
-VECTOR_MEMORIES = ("lstm", "gru")
-# every op of theirs has a Triton kernel
-TRITON_MEMORIES = ("linear", "retention", "gated_linear", "swla", "dla", "titans")
-# values that are part of the design but that this version does not implement yet
-NOT_YET: dict[str, tuple[str, ...]] = {}
 POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "num_memory_heads", "num_key_heads", "key_head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
@@ -247,7 +240,7 @@ class MCConfig(PreTrainedConfig):
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 heads = self.num_attention_heads
-                self._refuse("hidden_size", f"a multiple of num_attention_heads={heads} (or set head_dim)")
+                self.refuse("hidden_size", f"a multiple of num_attention_heads={heads} (or set head_dim)")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -269,7 +262,15 @@ class MCConfig(PreTrainedConfig):
         others = {name: style for name, style in self.base_model_tp_plan.items() if not name.startswith("layers.")}
         self.base_model_tp_plan = others | self._tensor_parallel_plan()
 
-    def _refuse(self, field: str, allowed: str) -> None:
+    def refuse(self, field: str, allowed: str) -> None:
+        """Raise the error for a field whose value cannot be.
+
+        Args:
+            allowed: what could be, in words.
+
+        Raises:
+            ValueError: always; it names the field, its value and what is allowed.
+        """
         raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
 
     def _hint_at_misspellings(self, unknown: dict) -> None:
@@ -283,73 +284,72 @@ class MCConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         for field, allowed in CHOICES.items():
             if getattr(self, field) not in allowed:
-                self._refuse(field, ", ".join(repr(a) for a in allowed))
-        for field, values in NOT_YET.items():
-            if getattr(self, field) in values:
-                ready = ", ".join(repr(a) for a in CHOICES[field] if a not in values)
-                self._refuse(field, f"{ready} (it is planned, and not part of this version yet)")
+                self.refuse(field, ", ".join(repr(a) for a in allowed))
         for field in POSITIVE:
             if getattr(self, field) is not None and getattr(self, field) < 1:
-                self._refuse(field, "an integer >= 1")
+                self.refuse(field, "an integer >= 1")
         for field, meaning in (("conv_kernel_size", "convolution"), ("intermediate_size", "MLP")):
             if getattr(self, field) < 0:
-                self._refuse(field, f"an integer >= 0 (0 = no {meaning})")
+                self.refuse(field, f"an integer >= 0 (0 = no {meaning})")
         for field in ("rms_norm_eps", "qk_norm_eps", "output_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
-                self._refuse(field, "a number > 0")
+                self.refuse(field, "a number > 0")
         if not self.initializer_range >= 0:
-            self._refuse("initializer_range", "a number >= 0")
+            self.refuse("initializer_range", "a number >= 0")
         if not 0 <= self.attention_dropout <= 1:
-            self._refuse("attention_dropout", "a number from 0 to 1")
+            self.refuse("attention_dropout", "a number from 0 to 1")
         if self.hidden_act not in ACT2FN:
-            self._refuse("hidden_act", ", ".join(repr(name) for name in sorted(ACT2FN)))
+            self.refuse("hidden_act", ", ".join(repr(name) for name in sorted(ACT2FN)))
 
     def _check_combinations(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):
-            self._refuse("layer_types", f"num_hidden_layers={self.num_hidden_layers} entries out of {LAYER_TYPES}")
+            self.refuse("layer_types", f"num_hidden_layers={self.num_hidden_layers} entries out of {LAYER_TYPES}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
-            self._refuse("sliding_window", "an integer >= 1 when layer_types has 'sliding_attention'")
+            self.refuse("sliding_window", "an integer >= 1 when layer_types has 'sliding_attention'")
         if self.max_cached_segments is not None and self.segmentation == "logarithmic":
-            self._refuse("max_cached_segments", "None with segmentation='logarithmic', which bounds its cache itself")
+            self.refuse("max_cached_segments", "None with segmentation='logarithmic', which bounds its cache itself")
         if self.route_sharing == "model" and (self.aggregation != "ssc" or self.max_cached_segments is not None):
-            self._refuse("route_sharing", "'layer' unless aggregation='ssc' and max_cached_segments=None")
+            self.refuse("route_sharing", "'layer' unless aggregation='ssc' and max_cached_segments=None")
         if self.num_attention_heads % self.num_key_value_heads:
-            self._refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
+            self.refuse("num_key_value_heads", f"a divisor of num_attention_heads={self.num_attention_heads}")
         if self.segment_size % self.summaries_per_segment:
-            self._refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
-        if self.mc_backend == "triton" and self.memory not in TRITON_MEMORIES:
-            self._refuse("mc_backend", f"'auto', 'torch' or 'reference' with memory={self.memory!r}")
-        if self.memory in DEEP_MEMORIES and self.segment_size % self.memory_chunk_size:
-            self._refuse("memory_chunk_size", f"a divisor of segment_size={self.segment_size}")
-        if self.memory in DEEP_MEMORIES + VECTOR_MEMORIES and self.memory_value_dim != self.memory_key_dim:
-            self._refuse("value_head_dim", f"head_dim={self.memory_key_dim} (or None) with memory={self.memory!r}")
-        if self.vector_read != "multiply" and self.memory not in VECTOR_MEMORIES:
-            self._refuse("vector_read", f"'multiply' with memory={self.memory!r}")
-        if self.allow_negative_eigenvalues and self.memory != "gated_delta":
-            self._refuse("allow_negative_eigenvalues", f"False with memory={self.memory!r}")
+            self.refuse("summaries_per_segment", f"a divisor of segment_size={self.segment_size}")
         if self.memory_heads % self.memory_key_heads:
-            self._refuse("num_key_heads", f"a divisor of the {self.memory_heads} heads of memory layers")
-        if self.gate_form != "sigmoid" and self.memory != "gated_linear":
-            self._refuse("gate_form", f"'sigmoid' with memory={self.memory!r}")
+            self.refuse("num_key_heads", f"a divisor of the {self.memory_heads} heads of memory layers")
         if self.conv_bias and not self.conv_kernel_size:
-            self._refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
+            self.refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
+        self._check_memory()
         self._check_rope()
         if self.segment_summary == "position" and self.memory_key_dim % 2:
-            self._refuse("segment_summary", f"'keys' or 'hidden' with keys of odd width {self.memory_key_dim}")
+            self.refuse("segment_summary", f"'keys' or 'hidden' with keys of odd width {self.memory_key_dim}")
         if self.segment_summary == "hidden":
             if self.hidden_size % self.memory_heads:
-                self._refuse("segment_summary", "'keys' unless hidden_size is a multiple of the heads")
+                self.refuse("segment_summary", "'keys' unless hidden_size is a multiple of the heads")
             if self.gate_source == "query" and self.memory_key_dim * self.memory_heads != self.hidden_size:
-                self._refuse("gate_source", "'projection' when segment_summary='hidden' and head_dim * heads differs")
+                self.refuse("gate_source", "'projection' when segment_summary='hidden' and head_dim * heads differs")
+
+    def _check_memory(self) -> None:
+        from .modeling_mc.memories import MEMORIES  # here, because the modules of the model import this one
+
+        if self.memory not in MEMORIES:
+            self.refuse("memory", ", ".join(repr(name) for name in MEMORIES))
+        memory = MEMORIES[self.memory]
+        for field in {field for other in MEMORIES.values() for field in other.own_fields} - {*memory.own_fields}:
+            default = self.__dataclass_fields__[field].default
+            if getattr(self, field) != default:
+                self.refuse(field, f"{default!r} with memory={self.memory!r}")
+        if self.mc_backend == "triton" and not memory.has_triton:
+            self.refuse("mc_backend", f"'auto', 'torch' or 'reference' with memory={self.memory!r}")
+        memory.check(self)
 
     def _check_rope(self) -> None:
         has_attention = any(kind != LAYER_TYPE for kind in self.layer_types)
         if self.rope == "none" and has_attention and self.attention != "olmo_hybrid":
-            self._refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
+            self.refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
         if self.rope == "all":
             kind = (self.rope_parameters or {}).get("rope_type", "default")
             if kind != "default" or self.memory_key_dim % 2:
-                self._refuse("rope", "'attention' unless rope_type is 'default' and the width of keys is even")
+                self.refuse("rope", "'attention' unless rope_type is 'default' and the width of keys is even")
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Every projection is split over the ranks; the recurrence and attention itself run on all of them alike."""

@@ -37,9 +37,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mc_transformers import MCCache, MCConfig
-from mc_transformers.configuration_mc import TRITON_MEMORIES
 from mc_transformers.kernels.common import WIDEST_DEEP
 from mc_transformers.modeling_mc.cache import MCStaticCacheLayer
+from mc_transformers.modeling_mc.memories import MEMORIES as KINDS
 from mc_transformers.modeling_mc.mixer import MCMixer
 from mc_transformers.modeling_mc.segments import SegmentTable
 
@@ -272,9 +272,9 @@ def layer_cases() -> Iterator[Case]:
             for memory, aggregation in LAYERS:
                 dim = DEEP_DIM if memory in ("dla", "titans") else DIM
                 for backend in ("triton", "torch"):
-                    if backend == "triton" and memory not in TRITON_MEMORIES:
+                    if backend == "triton" and not KINDS[memory].has_triton:
                         continue
-                    if backend == "torch" and memory in TRITON_MEMORIES and length != LENGTHS[0]:
+                    if backend == "torch" and KINDS[memory].has_triton and length != LENGTHS[0]:
                         continue
                     kind = (memory, aggregation, backend, dim)
                     yield Case(

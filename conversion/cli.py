@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from ..configuration_mc import CHOICES
+from ..modeling_mc.memories import MEMORIES
 from . import info
 from .loading import DTYPES, default_device, load_config, load_model, load_tokenizer
 
@@ -361,7 +362,7 @@ def _convert_parser(commands) -> None:
     parser.add_argument(
         "--layers", type=numbers, metavar="I,J", help="layers of a Transformer that become memory layers (none)"
     )
-    parser.add_argument("--memory", choices=CHOICES["memory"], help="of these layers (gated_linear)")
+    parser.add_argument("--memory", choices=list(MEMORIES), help="of these layers (gated_linear)")
     parser.add_argument("--aggregation", choices=CHOICES["aggregation"], help="how segments are read (none)")
     parser.add_argument("--segment-size", type=positive, help="tokens per segment (256)")
     parser.add_argument("--state-init", choices=CHOICES["state_init"], help="where a segment starts (independent)")

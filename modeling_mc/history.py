@@ -15,7 +15,7 @@ from ..kernels.slot_write import slot_write
 from .cache import Kept, MCCacheLayer
 from .context_parallel import Shards
 from .memories import Memory, State
-from .segments import SegmentTable
+from .segments import SegmentTable, rows_where
 
 
 NEVER = 2**30  # birth of a slot that may not be read
@@ -54,11 +54,6 @@ class Level:
     table: SegmentTable
     ends: State
     sums: torch.Tensor | None
-
-
-def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a` where `rows` `[B]` (or `[B, L]`) is set, else `b`."""
-    return torch.where(rows.view(*rows.shape, *[1] * (a.dim() - rows.dim())), a, b)
 
 
 class History:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from .cache import MCCacheLayer
-from .history import NEVER, Caches, GatesOf, History, Level, rows_where
+from .history import NEVER, Caches, GatesOf, History, Level
+from .segments import rows_where
 
 
 class Occupants:

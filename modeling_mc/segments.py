@@ -25,6 +25,11 @@ def static_split(length: int) -> list[int]:
     return [1 << bit for bit in reversed(range(length.bit_length())) if length >> bit & 1]
 
 
+def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a` where `rows` `[B]` (or `[B, L]`) is set, else `b`."""
+    return torch.where(rows.view(*rows.shape, *[1] * (a.dim() - rows.dim())), a, b)
+
+
 def _packed_borders(
     cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, num_tokens: int
 ) -> torch.Tensor | None:

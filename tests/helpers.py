@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mc_transformers import MCConfig, MCForCausalLM
-from mc_transformers.configuration_mc import CHOICES, NOT_YET
+from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.memories import MEMORIES
 
 
@@ -17,12 +17,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def ready(field: str) -> list[str]:
-    """Values of a config field that this version implements."""
-    return [value for value in CHOICES[field] if value not in NOT_YET.get(field, ())]
-
-
-MEMORY_NAMES = [name for name in MEMORIES if name in ready("memory")]
+MEMORY_NAMES = list(MEMORIES)
 ONE_MAP_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1]  # soup is GRM for them
 
 
@@ -65,7 +60,7 @@ def name_of(fields: dict) -> str:
 def family(**axes: list) -> list[dict]:
     """memory x aggregation x state_init x segmentation, all that is implemented, unless `axes` say less. `none` is one
     endless segment, so it comes once per memory."""
-    fields = {name: ready(name) for name in ("aggregation", "state_init", "segmentation")}
+    fields = {name: CHOICES[name] for name in ("aggregation", "state_init", "segmentation")}
     every = combinations(**{"memory": MEMORY_NAMES, **fields} | axes)
     return [
         x for x in every

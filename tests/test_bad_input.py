@@ -6,7 +6,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from helpers import MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM, MCForSequenceClassification
-from mc_transformers.configuration_mc import CHOICES, NOT_YET, POSITIVE
+from mc_transformers.configuration_mc import CHOICES, POSITIVE
 
 
 SIZE = SMALL["segment_size"]
@@ -33,8 +33,12 @@ def test_a_choice_that_does_not_exist(field):
     text = refused(field, "nonsense")
     assert all(repr(value) in text for value in CHOICES[field])
     refused(field, 1)
-    for value in NOT_YET.get(field, ()):
-        assert "not part of this version" in refused(field, value)
+
+
+def test_a_memory_that_does_not_exist():
+    text = refused("memory", "nonsense")
+    assert all(repr(name) in text for name in MEMORY_NAMES)
+    refused("memory", 1)
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, "4", [4]])

@@ -13,11 +13,10 @@ from helpers import (
     combinations,
     family,
     name_of,
-    ready,
     small_config,
     tokens,
 )
-from mc_transformers.modeling_mc.memories import MEMORIES
+from mc_transformers.configuration_mc import CHOICES
 
 
 SIZE = 8  # segment_size of the small config
@@ -76,11 +75,11 @@ def test_parallel_is_token_by_token_packed(fields):
 GATES = combinations(
     memory=["linear"],
     aggregation=["grm", "ssc"],
-    gate_source=ready("gate_source"),
-    gate_function=ready("gate_function"),
-    segment_summary=ready("segment_summary"),
+    gate_source=CHOICES["gate_source"],
+    gate_function=CHOICES["gate_function"],
+    segment_summary=CHOICES["segment_summary"],
     summaries_per_segment=[1, 2],
-    segmentation=ready("segmentation"),
+    segmentation=CHOICES["segmentation"],
     head_dim=[8, 12],  # queries can gate summaries of hidden states only if head_dim * heads = hidden_size
 )
 
@@ -108,9 +107,9 @@ OPTIONS = {
     "segment-is-chunk": {"segment_size": 4, "state_init": "checkpoint"},
     "two-layers": {"num_hidden_layers": 2},
     **{f"bounded-{who}-{kind}": {"max_cached_segments": 1, "cache_eviction": who, "aggregation": kind}
-       for who in ready("cache_eviction") for kind in ("grm", "ssc")},
+       for who in CHOICES["cache_eviction"] for kind in ("grm", "ssc")},
     **{f"vector-add-{kind}": {"vector_read": "add", "aggregation": kind}
-       for kind in ready("aggregation") if kind not in ("none", "soup")},
+       for kind in CHOICES["aggregation"] if kind not in ("none", "soup")},
 }  # fmt: skip
 
 
@@ -147,8 +146,7 @@ def test_every_parameter_and_token_has_a_gradient(memory):
 
 
 def test_the_registry_is_covered():
-    assert set(MEMORY_NAMES) == set(ready("memory")) <= set(MEMORIES)
     assert {x["memory"] for x in family()} == set(MEMORY_NAMES)
-    assert {x["segmentation"] for x in family()} == set(ready("segmentation"))
+    assert {x["segmentation"] for x in family()} == set(CHOICES["segmentation"])
     plain = [x for x in family() if x["memory"] in ("linear", "retention", "gated_linear", "swla")]
     assert len([x for x in plain if x["segmentation"] == "constant"]) == 4 * (1 + 5 * 2)  # none of these is refused

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from helpers import (
+    MEMORY_NAMES,
     VOCAB,
     accepts,
     assert_close,
     build,
     family,
     name_of,
-    ready,
     small_config,
     tokens,
 )
@@ -87,7 +87,7 @@ def test_pieces(model, borders):
 
 
 @pytest.mark.parametrize("borders", [[3], [2, 9, 10], range(1, 19)], ids=str)
-@pytest.mark.parametrize("segmentation", ready("segmentation"))
+@pytest.mark.parametrize("segmentation", CHOICES["segmentation"])
 @pytest.mark.parametrize("blocks", [2, 3, 4])
 def test_sub_blocks_in_pieces(blocks, segmentation, borders):
     """A new level of logarithmic segments starts with sub-blocks of another length than those of the level below."""
@@ -256,7 +256,8 @@ def test_gradients_are_causal(fields):
 
 
 # ---------------------------------------------------------------------------------------------- anything at random
-FIELDS = {field: st.sampled_from(ready(field)) for field in CHOICES if field != "mc_backend"} | {
+FIELDS = {field: st.sampled_from(CHOICES[field]) for field in CHOICES if field != "mc_backend"} | {
+    "memory": st.sampled_from(MEMORY_NAMES),
     "summaries_per_segment": st.integers(1, 4),
     "num_selected_segments": st.integers(1, 4),
     "max_cached_segments": st.sampled_from([None, None, 1, 2, 3]),

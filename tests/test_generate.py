@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
-from helpers import VOCAB, assert_close, build, family, name_of, ready, small_config, tokens
+from helpers import VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCCacheLayer
+from mc_transformers.configuration_mc import CHOICES
 
 
 SIZE = 4
@@ -29,7 +30,7 @@ def model(request):
     return model_of(**request.param)
 
 
-@pytest.fixture(scope="module", params=ready("segmentation"))
+@pytest.fixture(scope="module", params=CHOICES["segmentation"])
 def linear(request):
     return model_of(aggregation="ssc", segmentation=request.param)
 

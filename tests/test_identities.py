@@ -10,14 +10,14 @@ from helpers import (
     build,
     combinations,
     name_of,
-    ready,
     small_config,
     tokens,
 )
+from mc_transformers.configuration_mc import CHOICES
 
 
 SIZE = 8
-AGGREGATIONS = [x for x in ready("aggregation") if x != "none"]
+AGGREGATIONS = [x for x in CHOICES["aggregation"] if x != "none"]
 
 
 class Answers:
@@ -75,7 +75,7 @@ def naive(given, size: int, aggregation: str, carry: bool = False, top_k: int = 
     return out
 
 
-@pytest.mark.parametrize("state_init", ready("state_init"))
+@pytest.mark.parametrize("state_init", CHOICES["state_init"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_read_rules(aggregation, state_init):
     """eq. 7, 9, 15 and 17 letter by letter."""
@@ -127,8 +127,8 @@ def test_write_rules(memory):
 ONE_SEGMENT = combinations(
     memory=MEMORY_NAMES,
     aggregation=AGGREGATIONS,
-    state_init=ready("state_init"),
-    segmentation=ready("segmentation"),
+    state_init=CHOICES["state_init"],
+    segmentation=CHOICES["segmentation"],
 )
 
 
@@ -140,7 +140,7 @@ def test_one_segment_is_the_plain_rnn(fields):
     assert_close(got.values, plain.values, 1e-12)
 
 
-@pytest.mark.parametrize("fields", combinations(memory=MEMORY_NAMES, state_init=ready("state_init")), ids=name_of)
+@pytest.mark.parametrize("fields", combinations(memory=MEMORY_NAMES, state_init=CHOICES["state_init"]), ids=name_of)
 def test_ssc_that_selects_everything_is_grm(fields):
     ids = tokens(2, 4 * SIZE + 3)
     grm = Answers(ids, aggregation="grm", **fields)
@@ -152,7 +152,7 @@ def test_ssc_that_selects_everything_is_grm(fields):
     assert not torch.allclose(fewer.values[:, 4 * SIZE :], grm.values[:, 4 * SIZE :], rtol=1e-3)
 
 
-SOUPS = combinations(memory=MEMORY_NAMES, state_init=ready("state_init"), aggregation=["soup"])
+SOUPS = combinations(memory=MEMORY_NAMES, state_init=CHOICES["state_init"], aggregation=["soup"])
 
 
 @pytest.mark.parametrize("fields", SOUPS, ids=name_of)

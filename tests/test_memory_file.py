@@ -13,19 +13,19 @@ from helpers import (
     build,
     combinations,
     name_of,
-    ready,
     relative_error,
     small_config,
     tokens,
 )
 from mc_transformers import MCCache
+from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.memory_file import FILE
 
 
-AGGREGATIONS = [a for a in ready("aggregation") if a != "none"]
+AGGREGATIONS = [a for a in CHOICES["aggregation"] if a != "none"]
 BOUNDED = combinations(
-    memory=["linear", "swla"], aggregation=AGGREGATIONS, state_init=ready("state_init"),
-    cache_eviction=ready("cache_eviction"), max_cached_segments=[3],
+    memory=["linear", "swla"], aggregation=AGGREGATIONS, state_init=CHOICES["state_init"],
+    cache_eviction=CHOICES["cache_eviction"], max_cached_segments=[3],
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_who_leaves_a_full_cache() -> None:
     base = {"aggregation": "grm", "segment_size": 4, "max_cached_segments": 2, "gate_source": "query",
             "conv_kernel_size": 0, "qk_norm": False}  # fmt: skip
     kept = {}
-    for who in ready("cache_eviction"):
+    for who in CHOICES["cache_eviction"]:
         model = build(small_config(**base, cache_eviction=who))
         mixer = model.model.layers[0].mixer
         mixer.k_proj.weight.copy_(mixer.q_proj.weight)  # a token asks for segments of tokens like itself
@@ -101,7 +101,7 @@ def test_unknown_state_dtype_is_refused() -> None:
         MCCache(config=small_config(), state_dtype=torch.int32)
 
 
-FILES = combinations(memory=MEMORY_NAMES, segmentation=ready("segmentation")) + [
+FILES = combinations(memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"]) + [
     {"max_cached_segments": 2, "cache_eviction": "least_read"},
     {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2},
     {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},

@@ -14,7 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, ready, small_config, tokens
+from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import (
     MC_LORA_TARGETS,
     MCConfig,
@@ -193,7 +193,7 @@ def test_loss_ignores_what_is_marked():
 
 
 # ------------------------------------------------------------------------------------------------------------- config
-@pytest.mark.parametrize("fields", combinations(memory=MEMORY_NAMES, aggregation=ready("aggregation")), ids=name_of)
+@pytest.mark.parametrize("fields", combinations(memory=MEMORY_NAMES, aggregation=CHOICES["aggregation"]), ids=name_of)
 def test_config_round_trip(fields, tmp_path):
     config = small_config(**fields, layer_types=["memory_caching"], summaries_per_segment=2)
     config.save_pretrained(tmp_path)

@@ -7,16 +7,17 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, ready, small_config, tokens
+from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import MCCache
+from mc_transformers.configuration_mc import CHOICES
 
 
-KINDS = combinations(memory=MEMORY_NAMES, segmentation=ready("segmentation"), aggregation=["grm", "ssc"])
+KINDS = combinations(memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"], aggregation=["grm", "ssc"])
 HYBRIDS = [
     {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2},
     {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},
 ]
-BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in ready("cache_eviction")]
+BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in CHOICES["cache_eviction"]]
 VARIANTS = [{"memory": "swla", "state_init": "checkpoint"}, {"aggregation": "residual"}, {"aggregation": "none"}]
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 OLD = pytest.mark.skipif(

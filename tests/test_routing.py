@@ -9,16 +9,16 @@ from helpers import (
     build,
     combinations,
     name_of,
-    ready,
     relative_error,
     small_config,
     tokens,
 )
 from mc_transformers import MCCache, MCConfig
+from mc_transformers.configuration_mc import CHOICES
 
 
 SHARED = combinations(
-    memory=MEMORY_NAMES, segmentation=ready("segmentation"), aggregation=["ssc"], route_sharing=["model"],
+    memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"], aggregation=["ssc"], route_sharing=["model"],
     num_hidden_layers=[2], num_selected_segments=[1],
 )  # fmt: skip
 

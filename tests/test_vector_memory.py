@@ -7,8 +7,9 @@ import torch
 from test_equations import check as check_against_reference
 from torch import nn
 
-from helpers import assert_close, build, family, name_of, ready, small_config, tokens
+from helpers import assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
+from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.kernels.common import NAMESPACE
 from mc_transformers.kernels.recurrent_write import recurrence, recurrence_torch
 from mc_transformers.kernels.vector_read import gated_sum, gated_sum_op
@@ -206,8 +207,8 @@ def read_equations(memory, config, q, u, online, logit, caches):
     return out
 
 
-@pytest.mark.parametrize("read", ready("vector_read"))
-@pytest.mark.parametrize("aggregation", [name for name in ready("aggregation") if name != "none"])
+@pytest.mark.parametrize("read", CHOICES["vector_read"])
+@pytest.mark.parametrize("aggregation", [name for name in CHOICES["aggregation"] if name != "none"])
 def test_reads_against_their_equations(aggregation, read):
     rows, num, slots, cached = 2, 3, 4, 2
     memory = memory_of("gru", vector_read=read, aggregation=aggregation)

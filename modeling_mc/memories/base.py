@@ -71,6 +71,8 @@ class Memory(nn.Module):
             the chosen ones, and reads them with the online answer in the place of the query.
         reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
         fp32_parameters: names of the memory's own `Bias` modules.
+        has_triton: whether every op of the memory has a Triton kernel.
+        own_fields: fields of the config that only this memory, and others that name them too, may change.
     """
 
     gate_names: tuple[str, ...] = ()
@@ -80,6 +82,8 @@ class Memory(nn.Module):
     num_maps = 1
     own_gates = False
     reads_query = True
+    has_triton = False
+    own_fields: tuple[str, ...] = ()
 
     def __init__(self, config) -> None:
         super().__init__()
@@ -90,6 +94,14 @@ class Memory(nn.Module):
         self.value_dim = config.memory_value_dim
 
     @classmethod
+    def check(cls, config) -> None:
+        """Refuse (`MCConfig.refuse`) the values of a config that this memory cannot have.
+
+        Raises:
+            ValueError: there is one.
+        """
+
+    @classmethod
     def gate_names_for(cls, config) -> tuple[str, ...]:
         """`gate_names` of a memory whose gates depend on the config."""
         return cls.gate_names
@@ -98,6 +110,14 @@ class Memory(nn.Module):
     def fp32_parameters_for(cls, config) -> tuple[str, ...]:
         """`fp32_parameters` of a memory whose parameters depend on the config."""
         return cls.fp32_parameters
+
+    @classmethod
+    def check_square(cls, config) -> None:
+        """`check` of a memory whose values are as wide as its keys."""
+        if config.memory_value_dim != config.memory_key_dim:
+            config.refuse(
+                "value_head_dim", f"head_dim={config.memory_key_dim} (or None) with memory={config.memory!r}"
+            )
 
     @property
     def align(self) -> int:

@@ -20,17 +20,12 @@ from ...kernels.common import autocast_off
 from ...kernels.deep_common import ANSWER, EPS, NOTHING, gelu_backward
 from ...kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
 from ...kernels.deep_write import deep_write
-from ..segments import SegmentTable
+from ..segments import SegmentTable, rows_where
 from .base import Bias, Memory, State, Trace, compute_dtype
 
 
 PIECE = 16  # inner chunks of one `deep_write`: autograd keeps the maps between two pieces and nothing inside of one
 STEP_SIZE = 0.1  # eta_base
-
-
-def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a` in the rows that `rows` `[B]` marks, else `b`."""
-    return torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b)
 
 
 def products(log_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,6 +144,7 @@ class DeepMemory(Memory):
     """
 
     num_read = num_maps = 2
+    has_triton = True
     fp32_parameters = ("initial_state_0", "initial_state_1")
     loss: str
     momentum: bool
@@ -165,6 +161,12 @@ class DeepMemory(Memory):
         self.initial_state_0 = Bias((self.num_heads, self.key_dim, hidden), start)
         self.initial_state_1 = Bias((self.num_heads, hidden, self.value_dim), start)
         self.head_norm = HeadNorm(self.num_heads, self.value_dim) if config.memory_head_norm else None
+
+    @classmethod
+    def check(cls, config) -> None:
+        cls.check_square(config)
+        if config.segment_size % config.memory_chunk_size:
+            config.refuse("memory_chunk_size", f"a divisor of segment_size={config.segment_size}")
 
     @property
     def norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -28,10 +28,11 @@ class GatedDeltaMemory(MatrixMemory):
     gate_names = ("a", "b")
     fp32_parameters = ("A_log",)
     gate_bias = {"a": -4.6}  # softplus = 0.01: decays from 0.99 (A = 1) to 0.85 (A = 16) at the start
+    has_triton = False  # `delta_write` has none
+    own_fields = ("allow_negative_eigenvalues",)
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.config = config
         self.A_log = Bias((self.num_heads,), spread_rates)
 
     def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from .base import Memory, State, Trace
 class MatrixMemory(Memory):
     """S_t = a_t S_{t-1} + k_t v_t^T. Subclasses give the gates; "log_decay" and "write" (strength) are optional."""
 
+    has_triton = True
+
     def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:
         zero = torch.zeros((), device=device, dtype=dtype)  # expanded: who reads M_0 reads one number
         return (zero.expand(num, self.num_heads, self.key_dim, self.value_dim),)

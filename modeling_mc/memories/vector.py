@@ -76,6 +76,7 @@ class VectorMemory(Memory):
 
     cell_gates = 3
     num_states = 1
+    own_fields = ("vector_read",)
 
     def __init__(self, config) -> None:
         super().__init__(config)
@@ -85,6 +86,10 @@ class VectorMemory(Memory):
         self.own_gates = not self.multiplies and config.aggregation in ("grm", "soup", "ssc")
         if self.own_gates:
             self.read_gate = ReadGate(self.num_heads, self.value_dim, config.initializer_range)
+
+    @classmethod
+    def check(cls, config) -> None:
+        cls.check_square(config)
 
     def init_weights(self) -> None:
         for part in self.children():
