@@ -39,7 +39,7 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
     mixers: dict[tuple, MCMixer] = {}
     for module in model.modules():
         if isinstance(module, MCMixer):
-            mixers.setdefault((id(module.config), module.q_proj.weight.device), module)
+            mixers.setdefault((id(module.config), module.k_proj.weight.device), module)
     if not mixers:
         raise ValueError(f"warmup: `model`={type(model).__name__} has no memory layers, allowed: a model with some")
     done = []

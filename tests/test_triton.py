@@ -513,6 +513,7 @@ def test_nothing_to_warm_up(caplog):
     for backend in ("auto", "torch"):
         assert mc.warmup(build(small_config("linear", mc_backend=backend))) == []
         assert f"linear grm on cpu runs torch (`mc_backend`='{backend}'): nothing to compile" in caplog.text
+    assert mc.warmup(build(small_config("gru", vector_read="add"))) == []  # which has no queries
     with pytest.raises(ValueError, match="`model`=Linear has no memory layers"):
         mc.warmup(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not possible for `warmup`"):
