@@ -435,6 +435,10 @@ LONGER = (
     "bytes as the keys and values of attention, and `grm` recalls about as much; `ssc` reads 2 of up to 15 finished "
     "segments."
 )
+PUBLISHED = (
+    "64 pairs in 512 tokens of 8192 ids, width 64, segments of 32, k = 2, 10,000 steps of 128 sequences: the largest "
+    "setting of arXiv 2312.04927, with fresh sequences instead of 64 passes over 100,000."
+)
 VECTORS = (
     "A task that LSTM and GRU learn: 2 or 4 pairs in 64 tokens of 32 ids, zeros between the queries, width 64, 2000 "
     "steps of 32 sequences. It was found by trials with `none`: with random tokens between the queries, or with "
@@ -453,6 +457,10 @@ LANGUAGE_1024 = (
     "Models of the section above trained at T = 1024 with segments of 128 bytes, as many bytes in all: in training "
     "they read up to seven kept segments instead of three. `mean` caches a state every 1024 bytes."
 )
+LANGUAGE_30M = (
+    "The models of the first section on language modelling with ten layers of width 512, 3000 steps of 65,536 bytes "
+    "at T = 2048 and segments of 256 bytes. The text is small for models of this size."
+)
 
 
 def page() -> list[str | Figure]:
@@ -464,11 +472,13 @@ def page() -> list[str | Figure]:
         *recall("mqar", "Recall: multi-query associative recall", SETTING, True),
         *recall("ablations", "Ablations", ABLATION),
         *recall("mqar_256", "Recall from 256 tokens", LONGER),
+        *recall("mqar_512", "Recall from 512 tokens", PUBLISHED, True),
         *recall("vectors", "Recall with LSTM and GRU", VECTORS, learning=False),
         *needle(),
         *language("language", "Language modelling, and caching after training", LANGUAGE),
         *language_cost(),
         *language("language_1024", "Language modelling, trained on longer sequences", LANGUAGE_1024),
+        *language("language_30m", "Language modelling, larger models", LANGUAGE_30M),
         *cost(),
     ]
 

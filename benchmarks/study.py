@@ -7,6 +7,7 @@
 
 A run that is in the file already is not repeated, so an interrupted study goes on where it stopped, and several
 processes may work on different cells of one study. A run that fails is recorded with its error.
+The studies `mqar_512` and `language_30m` have larger settings and need a GPU.
 `python benchmarks/report.py` makes tables and figures of the files.
 """
 
@@ -182,8 +183,40 @@ def language_1024() -> list[Cell]:
     return [Cell(cell.name, cell.task, cell.settings | longer, cell.rates) for cell in cells]
 
 
+def mqar_512() -> list[Cell]:
+    """The largest published setting of the task (arXiv 2312.04927): 64 pairs in 512 tokens, width 64. For a GPU."""
+    size = {
+        "seq_len": 512, "pairs": 64, "vocab": 8192, "width": 64, "segment_size": 32, "batch": 128, "steps": 10_000,
+        "eval_every": 1000, "test_size": 3000, "weight_decay": 0.1, "schedule": "cosine", "device": "cuda",
+    }  # fmt: skip
+    cells = [
+        Cell(f"{memory} {name}", "recall", size | {"memory": memory} | read, (2.2e-3, 1e-2), seeds=5)
+        for memory in ("linear", "swla", "gated_delta", "dla", "titans")
+        for name, read in reads(memory).items()
+    ]
+    attention = size | {"layer_types": ["full_attention"]}
+    return [*cells, Cell("attention", "recall", attention, (2.2e-3, 1e-2), seeds=5)]
+
+
+def language_30m() -> list[Cell]:
+    """The models of `language` with about 30M parameters, on sequences of 2048 bytes. For a GPU."""
+    larger = {
+        "layers": 10, "width": 512, "heads": 8, "segment_size": 256, "train_length": 2048, "eval_length": 16384,
+        "batch": 32, "steps": 3000, "init_std": 0.02, "device": "cuda",
+    }  # fmt: skip
+    cells = []
+    for cell in language():
+        settings = cell.settings | larger | {"mlp_width": 8 * cell.settings.get("mlp_width", 128)}
+        if len(types := settings.get("layer_types", [])) > 1:
+            settings |= {"layer_types": types * 5, "options": '{"sliding_window": 256}'}
+        cells.append(Cell(cell.name, cell.task, settings, (1e-3,)))
+    return cells
+
+
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
-    study.__name__: study for study in (mqar, mqar_256, vectors, ablations, needle, language, language_1024)
+    study.__name__: study for study in (
+        mqar, mqar_256, vectors, ablations, needle, language, language_1024, mqar_512, language_30m,
+    )
 }
 
 
@@ -222,13 +255,20 @@ def append(path: Path, record: dict) -> None:
         os.fsync(file.fileno())
 
 
+def machine(settings: dict) -> str:
+    """What a run of these settings runs on."""
+    if settings.get("device", "cpu") != "cpu":
+        return f"GPU, {torch.cuda.get_device_name()}"
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
 def run(study: str, cell: Cell, settings: dict, code: str, progress: bool) -> dict:
     """Trains once; the record says what ran, where, and how it ended. `code` is the commit."""
     config_type, train = TASKS[cell.task]
     record = {
         "study": study, "cell": cell.name, "task": cell.task, "settings": settings, "commit": code,
         "command": f"python benchmarks/study.py {study} --cells '{cell.name}' --seeds {settings['seed']}",
-        "machine": f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": machine(settings),
     }  # fmt: skip
     try:
         return record | train(config_type(**settings), progress=progress)
@@ -263,6 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         for cell, settings in todo:
             print(f"missing: {cell.name}, seed {settings['seed']}, lr {settings['lr']}")
         return
+    if not torch.cuda.is_available() and any("cuda" in settings.get("device", "") for _, settings in todo):
+        sys.exit(f"the study {options.study!r} needs a GPU, and torch finds none")
     code = commit()  # now: files may change while this runs, the code that was imported does not
     end = time.monotonic() + 60 * options.minutes
     for cell, settings in (bar := tqdm(todo)):

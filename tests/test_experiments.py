@@ -97,7 +97,15 @@ def test_every_study_is_a_list_of_different_runs():
         assert len(runs) == len(set(runs)) > 10, name
         for cell in cells():
             study.TASKS[cell.task][0](**next(cell.runs(None)))
-        build_model(study.TASKS[cells()[-1].task][0](**next(cells()[-1].runs(None))), 8, 64)
+        build_model(study.TASKS[cells()[-1].task][0](**next(cells()[-1].runs(None)) | {"device": "cpu"}), 8, 64)
+
+
+def test_a_study_for_a_gpu_runs_nothing_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "runs.jsonl"
+    with pytest.raises(SystemExit, match="'mqar_512' needs a GPU"):
+        study.main(["mqar_512", "--output", str(path)])
+    assert not path.exists()
 
 
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
