@@ -133,6 +133,7 @@ class MCCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: the layer already holds something that does not fit.
         """
+        self._thaw()
         if not self.is_initialized:
             self.signature = signature
             return
@@ -143,7 +144,6 @@ class MCCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"`past_key_values` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
             )
-        self._thaw()
 
     def _thaw(self) -> None:
         """Outside of inference mode, tensors that were made in it can be neither overwritten nor kept for a gradient:
@@ -403,9 +403,11 @@ class MCStaticCacheLayer(MCCacheLayer):
             self.num_tokens = self._fixed(self.num_tokens.clone())
 
     def reset(self) -> None:
+        """Forget everything but the tensors themselves: the next forward begins anew, with M_0, and fills them."""
         self._thaw()
         for tensor in (*self.tensors.values(), self.num_tokens):
             tensor.zero_()
+        self.is_initialized = False
         self.recorded, self.snapshot = [], None
 
     def _take_snapshot(self) -> dict:
@@ -413,6 +415,9 @@ class MCStaticCacheLayer(MCCacheLayer):
         return {"tensors": tensors, "num_tokens": self.num_tokens.clone(), "initialized": self.is_initialized}
 
     def _restore(self, snapshot: dict) -> None:
+        if not snapshot["initialized"]:
+            self.reset()
+            return
         for name, tensor in snapshot["tensors"].items():
             self._set(name, tensor)
         self.num_tokens.copy_(snapshot["num_tokens"])

@@ -199,7 +199,7 @@ class MCMixer(nn.Module):
     # ------------------------------------------------------------------------------------------------ token by token
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
-        if "position" not in layer.tensors:
+        if not layer.is_initialized:
             sums = (self.num_heads, self.config.summaries_per_segment, self.config.summary_dim)
             self.history.begin(
                 layer, len(parts.q), sums if parts.u is not None else None, parts.q.device, compute_dtype(parts.q)

@@ -174,16 +174,26 @@ def test_compiled_decoding_never_recompiles(fields: dict) -> None:
     assert_close(torch.cat(out, 1), full[:, 6:])
 
 
+STATIC = [{"memory": "swla"}, {"memory": "dla"}, {"memory": "titans", "segmentation": "logarithmic"}, *BOUNDED]
+
+
+def addresses(cache: StaticCache) -> list[dict[str, int]]:
+    return [{name: t.data_ptr() for name, t in layer.tensors.items()} for layer in cache.layers]
+
+
+@pytest.mark.parametrize("fields", STATIC, ids=name_of)
 @torch.no_grad()
-def test_static_cache_can_be_reset_and_cropped() -> None:
-    model = build(small_config(memory="swla", num_hidden_layers=2))
+def test_static_cache_can_be_reset_and_cropped(fields: dict) -> None:
+    model = build(small_config(**{"num_hidden_layers": 2} | fields))
     ids = tokens(2, 30)
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(tokens(2, 19, seed=5), past_key_values=cache)
+    before = addresses(cache)
     cache.reset()
     assert int(cache.get_seq_length()) == 0
-    model(ids[:, :15], past_key_values=cache)
+    assert_close(model(ids[:, :15], past_key_values=cache).logits, full[:, :15])
+    assert addresses(cache) == before
     cache.activate_past_recording()
     model((ids[:, 15:22] + 3) % 60, past_key_values=cache)
     cache.crop(-7)
@@ -203,11 +213,14 @@ def test_static_cache_leaves_inference_mode() -> None:
         assert_close(model(ids[:, 15:], past_key_values=cache).logits, model(ids).logits[:, 15:])
 
 
+@pytest.mark.parametrize("fields", STATIC, ids=name_of)
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @torch.no_grad()
-def test_plain_dynamic_cache_rolls_back_too() -> None:
-    model = build(small_config())
+def test_plain_caches_roll_back_to_nothing(kind: type, fields: dict) -> None:
+    """They record from the start, so that the snapshot is an empty cache."""
+    model = build(small_config(**fields))
     ids = tokens(1, 20)
-    cache = DynamicCache(config=model.config)
+    cache = kind(config=model.config, **({"max_cache_len": 20} if kind is StaticCache else {}))
     cache.activate_past_recording()
     model(ids, past_key_values=cache)
     cache.crop(-9)
