@@ -342,8 +342,15 @@ class MCConfig(PreTrainedConfig):
             self.refuse("mc_backend", f"'auto', 'torch' or 'reference' with memory={self.memory!r}")
         memory.check(self)
 
+    @property
+    def _turns_attention(self) -> bool:
+        """Whether there are attention layers with rotary positions."""
+        return self.rope != "none" and set(self.layer_types) != {LAYER_TYPE}
+
     def _check_rope(self) -> None:
-        has_attention = any(kind != LAYER_TYPE for kind in self.layer_types)
+        has_attention = set(self.layer_types) != {LAYER_TYPE}
+        if self._turns_attention and self.head_dim % 2:
+            self._refuse("head_dim", "an even width with rotary positions in attention layers")
         if self.rope == "none" and has_attention and self.attention != "olmo_hybrid":
             self.refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
         if self.rope == "all":
@@ -370,6 +377,11 @@ class MCConfig(PreTrainedConfig):
 
     def validate_layer_type(self):
         """Transformers' list of layer types does not know ours; `_check_combinations` has already looked."""
+
+    def validate_rope(self):
+        """Transformers' look at rotary positions, for attention layers that have some: heads may be of odd width."""
+        if self._turns_attention:
+            super().validate_rope()
 
     @property
     def memory_heads(self) -> int:

@@ -82,6 +82,7 @@ def test_other_values(field, value):
         ("segment_summary", "hidden", {"hidden_size": 25}, "multiple of"),
         ("gate_source", "query", {"segment_summary": "hidden"}, "projection"),
         ("segment_summary", "position", {"head_dim": 9}, "odd width"),
+        ("head_dim", 9, {"layer_types": ["full_attention"]}, "even width"),
         ("max_cached_segments", 3, {"segmentation": "logarithmic"}, "None"),
         ("vector_read", "add", {"memory": "linear"}, "multiply"),
         ("route_sharing", "model", {"aggregation": "grm"}, "ssc"),
@@ -90,6 +91,12 @@ def test_other_values(field, value):
 )
 def test_combinations_that_mean_nothing(field, value, others, allowed):
     refused(field, value, allowed, **others)
+
+
+def test_heads_of_odd_width():
+    """Only rotary positions need an even one."""
+    for fields in ({}, {"rope": "none", "attention": "olmo_hybrid", "layer_types": ["full_attention"]}):
+        assert build(small_config(head_dim=9, **fields))(tokens(1, 10)).logits.isfinite().all()
 
 
 def test_a_misspelled_field_is_hinted_at(caplog):
