@@ -350,7 +350,7 @@ class MCConfig(PreTrainedConfig):
     def _check_rope(self) -> None:
         has_attention = set(self.layer_types) != {LAYER_TYPE}
         if self._turns_attention and self.head_dim % 2:
-            self._refuse("head_dim", "an even width with rotary positions in attention layers")
+            self.refuse("head_dim", "an even width with rotary positions in attention layers")
         if self.rope == "none" and has_attention and self.attention != "olmo_hybrid":
             self.refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
         if self.rope == "all":
