@@ -223,9 +223,10 @@ class MCCacheLayer(CacheLayerMixin):
             self.tensors[part] = slot_write(old, new, slot, keep, overwrite, "torch" if coded else backend)
 
     def _in_place(self, name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
-        """Whether `old` may be overwritten: no gradient needs it and the snapshot does not share it."""
+        """Whether `old` may be overwritten: no gradient needs it (that of a query needs states that have none) and the
+        snapshot does not share it."""
         shared = self.snapshot is not None and self.snapshot["tensors"].get(name) is old
-        return not (new.requires_grad or old.requires_grad or shared)
+        return not (torch.is_grad_enabled() or new.requires_grad or old.requires_grad or shared)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
         """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""

@@ -53,6 +53,18 @@ def test_gradient_checkpointing(fields):
     check(actual, expected, 1e-6)
 
 
+def test_gradients_of_a_few_parameters_through_a_cache():
+    """What decoding keeps of a frozen layer has no gradient itself, but that of its queries and gates needs it."""
+    model, ids = build(small_config(segment_size=3), dtype=torch.float64), tokens(2, 14)
+    trained = [p.requires_grad_("q_proj" in n or "u_proj" in n) for n, p in model.named_parameters()]
+    trained = [p for p in trained if p.requires_grad]
+    cache = MCCache(config=model.config)
+    decoded = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+    expected = torch.autograd.grad(model(ids).logits.square().sum(), trained)
+    for actual, wanted in zip(torch.autograd.grad(decoded.square().sum(), trained), expected, strict=True):
+        assert_close(actual, wanted, 1e-9)
+
+
 @pytest.mark.parametrize("memory", MEMORY_NAMES)
 def test_gradient_accumulation(memory):
     """Rows of different lengths one by one, as the Trainer passes them, against one batch."""
