@@ -96,11 +96,13 @@ class MCCache(DynamicCache):
             model: the model that filled this cache; the one that last did is known.
 
         Raises:
-            ValueError: nothing was read into the cache yet.
+            ValueError: nothing was read into the cache yet, or the model that filled it is gone and not passed.
         """
+        if not self.layers or not all(layer.is_initialized for layer in self.layers):
+            raise ValueError("an empty cache cannot be saved: run the model on a text first")
         model = model if model is not None else self.filled_by and self.filled_by()
         if model is None:
-            raise ValueError("an empty cache cannot be saved: run the model on a text first (or pass `model`)")
+            raise ValueError("the model that filled this cache is not known any more: pass it as `model`")
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
             if is_memory_layer(layer):
@@ -179,8 +181,12 @@ class MCCache(DynamicCache):
                 "MCCache.cat needs memory_caching layers only, an aggregation other than 'none', "
                 "state_init='independent', segmentation='constant' and max_cached_segments=None"
             )
-        if not caches or any(len(layer.position) != 1 for cache in caches for layer in cache.layers):
-            raise ValueError("MCCache.cat: `caches` must be one or more caches with a batch of one row each")
+        layers = [cache.layers for cache in caches]
+        if not caches or any(
+            len(each) != config.num_hidden_layers or any(not x.is_initialized or len(x.position) != 1 for x in each)
+            for each in layers
+        ):
+            raise ValueError("MCCache.cat: `caches` must be one or more filled caches with a batch of one row each")
         joined = cls(config=config)
         for index, layer in enumerate(joined.layers):
             parts = [cache.layers[index] for cache in caches]

@@ -238,8 +238,6 @@ class MCModel(MCPreTrainedModel):
             check_shards(self.config, inputs_embeds.shape[1], **absent, **packed)
         if use_cache and past_key_values is None and not is_packed:
             past_key_values = MCCache(config=self.config)
-        if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
-            past_key_values.filled_by = ModelRef(self)
         if is_packed and past_key_values is not None:
             raise ValueError("packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache")
         if not is_packed:
@@ -253,8 +251,14 @@ class MCModel(MCPreTrainedModel):
             mask = masks.get(LAYER_TYPE)
         else:
             mask = memory_caching_mask(self.config, inputs_embeds, attention_mask)
-            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         table = self._segment_table(inputs_embeds, mask, past_key_values, packed)
+        if is_packed and table is not None:  # attention tells documents apart by positions, and without a mask only
+            position_ids = table.token_position() if position_ids is None else position_ids
+            attention_mask = None
+        if masks is None:
+            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
+            past_key_values.filled_by = ModelRef(self)
         rope = None
         if self.has_attention:
             if position_ids is None:

@@ -223,6 +223,12 @@ def test_hybrid_packed_documents(hybrid):
         out = hybrid(**batch, use_cache=False)
     for logits, document in zip(out.logits[0].split(LENGTHS), documents, strict=True):
         assert_close(logits, plain(hybrid, document), 1e-4)
+    # the borders are enough, with and without a mask
+    borders = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for options in ({}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
+        with torch.no_grad():
+            again = hybrid(**{"input_ids": batch["input_ids"], "cu_seq_lens_q": borders} | options, use_cache=False)
+        assert_close(again.logits, out.logits, 1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- causality

@@ -228,6 +228,40 @@ def test_joined_memories_count_an_unfinished_document_as_a_segment() -> None:
     assert joined.num_segments == 4
 
 
+def filled(model) -> MCCache:
+    cache = MCCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 19), past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("fields", [{}, {"layer_types": ["memory_caching", "full_attention"]}], ids=name_of)
+def test_an_empty_memory_is_no_file(fields: dict, tmp_path) -> None:
+    model = build(small_config(num_hidden_layers=2, **fields))
+    forgotten = filled(model)
+    forgotten.reset()
+    for cache in (MCCache(config=model.config), MCCache(), forgotten):
+        with pytest.raises(ValueError, match="empty cache"):
+            cache.save_pretrained(tmp_path, model)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_was_refused_does_not_own_the_memory(tmp_path) -> None:
+    model, other = build(small_config()), build(small_config("swla"))
+    cache = filled(model)
+    with pytest.raises(ValueError, match="another model"):
+        other(tokens(1, 3), past_key_values=cache)
+    cache.save_pretrained(tmp_path)
+    MCCache.from_pretrained(tmp_path, model)
+
+
+def test_empty_memories_cannot_be_joined() -> None:
+    model = build(small_config())
+    for empty in (MCCache(config=model.config), MCCache()):
+        with pytest.raises(ValueError, match="filled caches"):
+            MCCache.cat([filled(model), empty], model)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
