@@ -401,12 +401,33 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """Refuses a cache that has read all of the prompt: Transformers would read the prompt into it once more."""
+        past, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        seen = 0 if past is None else int(past.get_seq_length())
+        embeds = model_kwargs.get("inputs_embeds")
+        given = (input_ids if embeds is None else embeds).shape[1]
+        given = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[-1]
+        if 0 < given <= seen:
+            raise ValueError(
+                f"`past_key_values` has read {seen} tokens: `generate` needs `input_ids` of all of them and of at "
+                f"least one more, got {given}"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
     def _assisted_decoding(self, *args, **kwargs):
-        """The cache goes on without a record, which would keep the input of every later token."""
+        """Begins with an empty cache, since Transformers hands over the whole text at first. Afterwards the cache goes
+        on without a record, which would keep the input of every later token."""
+        past = kwargs.get("past_key_values")
+        if past is not None and int(past.get_seq_length()):
+            raise ValueError(
+                "`prompt_lookup_num_tokens` and `assistant_model` cannot go on from `past_key_values` that have read "
+                "something: leave them out, or begin with an empty cache"
+            )
         try:
             return super()._assisted_decoding(*args, **kwargs)
         finally:
-            for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+            for layer in getattr(past, "layers", ()):
                 if hasattr(layer, "record_past"):
                     layer.record_past = False
 

@@ -135,6 +135,20 @@ def test_conversation_goes_on_from_a_returned_cache(model, ends):
     assert torch.equal(again, generate(model, longer, use_cache=False))
 
 
+def test_a_cache_that_has_read_the_whole_prompt_is_refused(linear):
+    """Transformers would read the prompt once more."""
+    ids = tokens(1, PROMPT)
+    cache = MCCache(config=linear.config)
+    with torch.no_grad():
+        linear(ids, past_key_values=cache)
+    for options in ({}, {"prefill_chunk_size": 3}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="at least one more"):
+            generate(linear, ids, past_key_values=cache, **options)
+    with pytest.raises(ValueError, match="at least one more"):
+        generate(linear, ids[:, -2:], past_key_values=cache)  # only what is new
+    assert cache.get_seq_length() == PROMPT
+
+
 def test_a_prompt_cache_serves_several_answers(linear):
     """One prefilled row, repeated for a batch of questions."""
     prompt, questions = tokens(1, PROMPT), tokens(3, 5, seed=8)

@@ -120,6 +120,20 @@ def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
     assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
 
 
+def test_speculative_decoding_begins_with_an_empty_cache() -> None:
+    """Transformers hands over the whole text at first, whatever the cache has read."""
+    model = build(small_config())
+    ids, cache = tokens(1, 21), MCCache(config=model.config)
+    for option in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
+        with torch.no_grad():
+            model(ids[:, :15], past_key_values=cache)
+        with pytest.raises(ValueError, match="empty cache"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=4, **option)
+        cache.reset()
+        model.generate(ids, past_key_values=cache, max_new_tokens=4, **option)
+        cache.reset()
+
+
 def test_nothing_is_recorded_after_speculative_decoding() -> None:
     """A conversation that goes on with the same cache, without drafts, would keep the input of every token."""
     model = build(small_config())
