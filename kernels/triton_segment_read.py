@@ -314,7 +314,8 @@ def backward(
     read = _Read(q, states, gates)
     grad_out = grad_out.to(read.q.dtype).contiguous()
     gates.begin_backward(grad_online)
-    grad_q, grad_states = torch.empty_like(q), torch.zeros(states.shape, dtype=torch.float32, device=q.device)
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # contiguous, whatever q is
+    grad_states = torch.zeros(states.shape, dtype=torch.float32, device=q.device)
     for begin, count in gates.blocks():
         weights = gates.block(begin, count)
         grads = read.backward(grad_q, grad_states, grad_out, weights, begin, count)

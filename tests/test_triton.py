@@ -210,6 +210,22 @@ def test_segment_read_of_large_logits(poison):
     compare(lambda *x, backend: segment_read(*x, "softmax", backend), inputs, (0, 1), torch.float32)
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """x as a tensor whose memory is in another order than its dimensions, without a gap."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@inside
+def test_segment_read_of_turned_inputs(poison):
+    inputs = read_inputs()
+    assert not turned(inputs[0]).is_contiguous()
+
+    def read(*tensors, backend):
+        return segment_read(*map(turned, tensors), "softmax", backend)
+
+    compare(read, inputs, (0, 1), torch.float32)
+
+
 # ------------------------------------------------------------------------------------- segment_route, selected_read
 @inside
 @pytest.mark.parametrize("top_k", [1, 2, 5, 9])
