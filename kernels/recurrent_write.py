@@ -30,7 +30,7 @@ def recurrence_torch(
     """See `recurrence`."""
     dtype = compute_dtype(x)
     weights = [w.to(dtype) for w in (input_weight, hidden_weight, input_bias, hidden_bias)]
-    x, hidden = x.to(dtype), hidden.to(dtype)[None]
+    x, hidden = x.to(dtype), hidden.to(dtype).contiguous()[None]  # cuDNN refuses a state with gaps
     rest = (True, 1, 0.0, torch.is_grad_enabled(), False, True)  # biases, layers, dropout, train, 2 ways, batch first
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
@@ -41,7 +41,7 @@ def recurrence_torch(
             mark = x.new_tensor([-SATURATED, SATURATED, 0.0, 0.0]).repeat_interleave(hidden.shape[-1])
             weights[0] = torch.cat([weights[0], mark[:, None]], -1)
             x = torch.cat([x, empty[..., None].to(dtype)], -1)
-        out, _, last = torch.lstm(x, (hidden, cell.to(dtype)[None]), weights, *rest)
+        out, _, last = torch.lstm(x, (hidden, cell.to(dtype).contiguous()[None]), weights, *rest)
         return out.contiguous(), last[0]
 
 

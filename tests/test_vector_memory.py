@@ -167,6 +167,23 @@ def test_an_empty_slot_leaves_the_cell_exactly_as_it_is():
         assert torch.equal(recurrence(x, weights, hidden, cell, empty)[1], cell.float())
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_cells_get_contiguous_states(name, monkeypatch):
+    """cuDNN, which runs them on a GPU, refuses others: a level of logarithmic segmentation is cut out of a cache."""
+    fused, seen = getattr(torch, name), []
+
+    def spy(x, state, *rest):
+        seen.extend(state if isinstance(state, tuple) else [state])
+        return fused(x, state, *rest)
+
+    monkeypatch.setattr(torch, name, spy)
+    model = build(small_config(name, aggregation="grm", state_init="checkpoint", segmentation="logarithmic"))
+    cache = MCCache(config=model.config)
+    for part in tokens(2, 4 * SEGMENT).split(2 * SEGMENT, 1):
+        model(part, past_key_values=cache)
+    assert seen and all(state.is_contiguous() for state in seen)
+
+
 @pytest.mark.parametrize("kind", ["lstm-multiply-grm", "gru-add-grm", "gru-add-ssc"])
 def test_compiled_in_one_piece(kind):
     fields = dict(zip(("memory", "vector_read", "aggregation"), kind.split("-"), strict=True))
