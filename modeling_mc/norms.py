@@ -12,7 +12,8 @@ from ..configuration_mc import MCConfig
 def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
     """x `[..., d]` / its L2 norm; with `eps`, which published delta-rule models have, x / sqrt(|x|^2 + eps)."""
     if eps is None:
-        return F.normalize(x, dim=-1)
+        # torch's 1e-12 is zero in fp16, and a token of padding is zero too: 0 / 0 spoils all gradients
+        return F.normalize(x, dim=-1, eps=max(1e-12, torch.finfo(x.dtype).tiny))
     x32 = x.float() if x.dtype != torch.float64 else x
     return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 

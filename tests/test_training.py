@@ -150,6 +150,16 @@ def test_half_precision_model(memory, dtype):
         assert (steps.float() - out.logits.float()).abs().mean() < 0.05
 
 
+@pytest.mark.parametrize("memory", MEMORY_NAMES)
+def test_padding_in_fp16(memory):
+    """A token of padding has a key of zeros, whose norm must not be divided by a number that is zero in fp16."""
+    ids = tokens(2, 3 * SIZE)
+    mask = (torch.arange(3 * SIZE) < torch.tensor([[3 * SIZE], [SIZE]])).long()
+    model = build(small_config(memory)).to(torch.float16).train()
+    _, gradients = loss_and_gradients(model, ids, attention_mask=mask)
+    assert all(g.isfinite().all() for g in gradients.values())
+
+
 @pytest.mark.parametrize("fields", EACH + LOGARITHMIC, ids=name_of)
 def test_prefill_in_inference_mode_then_go_on(fields):
     """The cache's tensors are inference tensors then: decoding, and training through what comes after, still work."""
