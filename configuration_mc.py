@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
 
@@ -237,15 +238,7 @@ class MCConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._hint_at_misspellings(kwargs)
         self._check_values()
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                heads = self.num_attention_heads
-                self.refuse("hidden_size", f"a multiple of num_attention_heads={heads} (or set head_dim)")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.layer_types is None:
-            self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        self._derive()
         self._check_combinations()
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
@@ -257,10 +250,25 @@ class MCConfig(PreTrainedConfig):
             ValueError: as when the config was made.
         """
         self._check_values()
+        self._derive()
+        self.convert_rope_params_to_dict()
         self._check_combinations()
+        self.validate_rope()
         # older Transformers has put tied embeddings into the plan
         others = {name: style for name, style in self.base_model_tp_plan.items() if not name.startswith("layers.")}
         self.base_model_tp_plan = others | self._tensor_parallel_plan()
+
+    def _derive(self) -> None:
+        """Fields that follow from others where they are None."""
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                heads = self.num_attention_heads
+                self.refuse("hidden_size", f"a multiple of num_attention_heads={heads} (or set head_dim)")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.layer_types is None:
+            self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
 
     def refuse(self, field: str, allowed: str) -> None:
         """Raise the error for a field whose value cannot be.
@@ -294,8 +302,10 @@ class MCConfig(PreTrainedConfig):
         for field in ("rms_norm_eps", "qk_norm_eps", "output_norm_eps"):
             if getattr(self, field) is not None and not getattr(self, field) > 0:
                 self.refuse(field, "a number > 0")
-        if not self.initializer_range >= 0:
+        if not 0 <= self.initializer_range < float("inf"):
             self.refuse("initializer_range", "a number >= 0")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            self.refuse("pad_token_id", f"a token of vocab_size={self.vocab_size}, or None")
         if not 0 <= self.attention_dropout <= 1:
             self.refuse("attention_dropout", "a number from 0 to 1")
         if self.hidden_act not in ACT2FN:
@@ -353,8 +363,12 @@ class MCConfig(PreTrainedConfig):
             self.refuse("head_dim", "an even width with rotary positions in attention layers")
         if self.rope == "none" and has_attention and self.attention != "olmo_hybrid":
             self.refuse("rope", f"'attention' or 'all' with attention={self.attention!r}")
+        found = self.rope_parameters or {}
+        kind, theta = found.get("rope_type", found.get("type", "default")), found.get("rope_theta", self.default_theta)
+        kinds = ("default", *ROPE_INIT_FUNCTIONS)
+        if set(found) & set(LAYER_TYPES) or kind not in kinds or not (isinstance(theta, int | float) and theta > 0):
+            self.refuse("rope_parameters", f"one dictionary for all layers, rope_theta > 0, rope_type out of {kinds}")
         if self.rope == "all":
-            kind = (self.rope_parameters or {}).get("rope_type", "default")
             if kind != "default" or self.memory_key_dim % 2:
                 self.refuse("rope", "'attention' unless rope_type is 'default' and the width of keys is even")
 

@@ -56,6 +56,12 @@ def test_numbers_that_are_no_positive_integer(field, value):
         ("conv_kernel_size", -1),
         ("conv_kernel_size", 1.5),
         ("initializer_range", -0.1),
+        ("initializer_range", float("inf")),
+        ("pad_token_id", VOCAB),
+        ("rope_parameters", {"rope_type": "nonsense"}),
+        ("rope_parameters", {"rope_theta": 0}),
+        ("rope_parameters", {"rope_theta": None}),
+        ("rope_parameters", {"memory_caching": {"rope_theta": 1e4}}),
         ("attention_dropout", 1.5),
         ("attention_dropout", -0.1),
         ("qk_norm", "yes"),
@@ -75,6 +81,7 @@ def test_other_values(field, value):
         ("layer_types", ["memory_caching"], {"num_hidden_layers": 2}, "num_hidden_layers=2"),
         ("layer_types", ["linear_attention"], {}, "memory_caching"),
         ("sliding_window", None, {"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ("head_dim", 7, {"layer_types": ["full_attention"]}, "an even number"),
         ("num_key_value_heads", 3, {"num_attention_heads": 4}, "divisor of num_attention_heads=4"),
         ("summaries_per_segment", 3, {}, f"divisor of segment_size={SIZE}"),
         ("memory_chunk_size", 3, {"memory": "dla"}, f"divisor of segment_size={SIZE}"),
@@ -114,6 +121,19 @@ def test_values_that_are_set_later(tmp_path):
         MCForCausalLM.from_pretrained(tmp_path, aggregation="grn")
     with pytest.raises(ValueError, match="`max_cached_segments`=4 is not valid, allowed: None with segm"):
         MCForCausalLM.from_pretrained(tmp_path, segmentation="logarithmic", max_cached_segments=4)
+    with pytest.raises(KeyError, match="Missing required keys in `rope_parameters`.*factor"):
+        MCForCausalLM.from_pretrained(tmp_path, rope_parameters={"rope_type": "linear"})
+
+
+@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads", "layer_types", "rope_parameters"])
+def test_fields_that_are_reset_later(field, tmp_path):
+    """None means the default then as well."""
+    model = build(small_config(head_dim=12, value_head_dim=12))
+    model.save_pretrained(tmp_path)
+    loaded = MCForCausalLM.from_pretrained(tmp_path, **{field: None})
+    assert getattr(loaded.config, field) == getattr(model.config, field)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
 def test_a_preset_that_does_not_exist():
