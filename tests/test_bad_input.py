@@ -81,7 +81,7 @@ def test_other_values(field, value):
         ("layer_types", ["memory_caching"], {"num_hidden_layers": 2}, "num_hidden_layers=2"),
         ("layer_types", ["linear_attention"], {}, "memory_caching"),
         ("sliding_window", None, {"layer_types": ["sliding_attention"]}, "sliding_attention"),
-        ("head_dim", 7, {"layer_types": ["full_attention"]}, "an even number"),
+        ("head_dim", 7, {"layer_types": ["full_attention"]}, "an even width"),
         ("num_key_value_heads", 3, {"num_attention_heads": 4}, "divisor of num_attention_heads=4"),
         ("summaries_per_segment", 3, {}, f"divisor of segment_size={SIZE}"),
         ("memory_chunk_size", 3, {"memory": "dla"}, f"divisor of segment_size={SIZE}"),
@@ -121,6 +121,7 @@ def test_values_that_are_set_later(tmp_path):
         MCForCausalLM.from_pretrained(tmp_path, aggregation="grn")
     with pytest.raises(ValueError, match="`max_cached_segments`=4 is not valid, allowed: None with segm"):
         MCForCausalLM.from_pretrained(tmp_path, segmentation="logarithmic", max_cached_segments=4)
+    build(small_config(layer_types=["full_attention"])).save_pretrained(tmp_path)
     with pytest.raises(KeyError, match="Missing required keys in `rope_parameters`.*factor"):
         MCForCausalLM.from_pretrained(tmp_path, rope_parameters={"rope_type": "linear"})
 
