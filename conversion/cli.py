@@ -63,6 +63,7 @@ def run_generate(args: argparse.Namespace) -> None:
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
+        use_cache=True,  # a generation config that says no would have every token read again and again
         max_new_tokens=args.max_new_tokens,
         prefill_chunk_size=None if seen else PIECE,  # older Transformers would read what is remembered again
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -179,7 +179,7 @@ def save_checkpoint(
 ) -> None:
     """Model, card, results and settings, to `config.save`; the folder is whole or not there."""
     folder = Path(config.save)
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     with new_folder(folder, overwrite=True) as partial:
         PreTrainedModel.save_pretrained(model, partial)  # ours would add the code: this is a folder of the package
         if tokenizer is not None:

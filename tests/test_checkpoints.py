@@ -24,6 +24,13 @@ def test_it_is_small_and_says_how_it_was_made(folder):
     assert made_with["results"] and all(f"{entry['value']:.4g}" in card for entry in made_with["results"])
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_it_generates_with_a_cache(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    out = model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, return_dict_in_generate=True)
+    assert out.past_key_values.get_seq_length() == 4
+
+
 @torch.no_grad()
 def test_recall_answers_at_four_times_the_training_segments():
     folder = ROOT / "model_cards" / "checkpoints" / "recall"

@@ -106,6 +106,18 @@ def test_generate_streams_what_generate_returns(capsys, checkpoint):
     assert "6 + 12 tokens" in err and "2 finished segments" in err
 
 
+def test_generate_where_the_generation_config_has_no_cache(capsys, checkpoint, tmp_path):
+    """As a training script leaves it: every token is still read once."""
+    shutil.copytree(checkpoint, tmp_path / "model")
+    model = cli.load_model(str(checkpoint))
+    model.generation_config.use_cache = False
+    model.generation_config.save_pretrained(tmp_path / "model")
+    options = ("--prompt", "Memory", "--temperature", 0, "--max-new-tokens", 12)
+    code, out, err = run(capsys, "generate", tmp_path / "model", *options)
+    expected = run(capsys, "generate", checkpoint, *options)[1]
+    assert code == 0 and out == expected and "2 finished segments" in err
+
+
 def test_generate_reads_stdin_and_repeats_by_seed(capsys, checkpoint, monkeypatch):
     outputs = []
     for seed in (1, 1, 2):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from experiment import build_model, query_logits, save_json
+from mc_transformers import MCForCausalLM
 from recall import RecallConfig, mqar_batch, save_plot, train_recall
 
 
@@ -123,3 +124,10 @@ def test_training_is_reproducible_and_writes_its_record(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert not save_plot(first, tmp_path / "other.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "run.png"]
+
+
+def test_a_saved_model_generates_with_a_cache(tmp_path):
+    """It was trained without one."""
+    train_recall(dataclasses.replace(SMALL, save=str(tmp_path / "model")), progress=False)
+    loaded = MCForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.config.use_cache and loaded.generation_config.use_cache
