@@ -221,9 +221,9 @@ def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], segment_size: int, num
             rows.setdefault(name, []).append(tensor)
     last = parts[-1]
     layer.signature = last.signature
-    layer.tensors = dict(last.tensors)
-    for name, tensors in rows.items():
-        layer.put(name, torch.cat([*tensors, torch.zeros_like(last.tensors[name][:, :1])], 1))
+    layer.tensors = {name: x for name, x in last.tensors.items() if not name.startswith("scale.")}  # decoded by now
+    for name, tensors in rows.items():  # where they are computed, which need not be where `last` keeps them
+        layer.put(name, torch.cat([*tensors, tensors[-1].new_zeros(1, 1, *tensors[-1].shape[2:])], 1))
     finished = layer.tensors["kept.0"].shape[1] - 1
     position = finished * segment_size + int(last.position) % segment_size
     layer.put("position", torch.full_like(last.position, position))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import (
     MEMORY_NAMES,
@@ -19,6 +20,7 @@ from helpers import (
 )
 from mc_transformers import MCCache
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.modeling_mc import mc_cache
 from mc_transformers.modeling_mc.memory_file import FILE
 
 
@@ -211,6 +213,37 @@ def test_joined_memories_are_exact_in_one_layer(fields: dict) -> None:
     joined = MCCache.cat(caches, model)
     assert joined.num_segments == 3 and joined.get_seq_length() == 30
     assert_close(model(ids[:, 30:], past_key_values=joined).logits, model(ids).logits[:, 30:])
+
+
+@torch.no_grad()
+def test_joined_memories_of_quantised_caches() -> None:
+    """What is joined is decoded: nothing may be scaled a second time."""
+    model = build(small_config(conv_kernel_size=0))
+    ids = tokens(1, 37)
+    caches = [MCCache(config=model.config, state_dtype=torch.int8) for _ in range(2)]
+    for piece, cache in zip(ids[:, :30].split([16, 14], 1), caches, strict=True):
+        model(piece, past_key_values=cache)
+    joined = MCCache.cat(caches, model)
+    assert_close(model(ids[:, 30:], past_key_values=joined).logits, model(ids).logits[:, 30:], 0.1)
+
+
+@torch.no_grad()
+def test_joined_memories_of_offloaded_caches(monkeypatch) -> None:
+    """States in host memory, the rest on another device, by tensors that know only where they are."""
+    model = build(small_config())
+    config, mixer = model.config, model.model.layers[0].mixer
+    monkeypatch.setattr(mc_cache, "int", lambda position: 21, raising=False)
+    caches = [MCCache(config=config, offload_segments=True) for _ in range(2)]
+    with FakeTensorMode():
+        for cache in caches:
+            layer = cache.layers[0]
+            layer.signature = mixer.cache_signature
+            sums = (config.memory_heads, config.summaries_per_segment, config.summary_dim)
+            mixer.history.begin(layer, 1, sums, torch.device("meta"), torch.float32)
+            mixer.history.grow(layer, 21)
+            layer.lazy_initialization(layer.tensors["state.0"])
+        joined = MCCache.cat(caches, model)
+    assert {x.device.type for x in joined.layers[0].tensors.values()} == {"meta"}
 
 
 @torch.no_grad()
