@@ -127,6 +127,8 @@ class MCPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # the heads make their decoder through AutoModel; Transformers loads a repository's config class a second time
         AutoModel.register(type(config), MCModel, exist_ok=True)
+        if type(self)._auto_class is not None:  # a repository's code, to be saved beside the decoder too
+            MCModel.register_for_auto_class()
         enter_lora_targets(MC_LORA_TARGETS)
         if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
             memory = MEMORIES[config.memory]

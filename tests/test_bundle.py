@@ -148,13 +148,17 @@ def test_a_bundle_saved_again_is_a_bundle(bundled, tmp_path):
     code = f"""
 import sys
 sys.modules["mc_transformers"] = None
-from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained({str(bundled)!r}, trust_remote_code=True).save_pretrained("again")
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(bundled)!r}, trust_remote_code=True)
+model.save_pretrained("again")
+model.model.save_pretrained("decoder")
+AutoModel.from_pretrained({str(bundled)!r}, trust_remote_code=True).save_pretrained("loaded")
 """
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
-    again = {path.name: path.read_text() for path in (tmp_path / "again").glob("*.py")}
-    assert again == flat.flat_files()
+    for folder in ("again", "decoder", "loaded"):
+        again = {path.name: path.read_text() for path in (tmp_path / folder).glob("*.py")}
+        assert again == flat.flat_files(), folder
 
 
 def test_verification_sees_a_difference(bundled, checkpoint, tmp_path):
