@@ -24,6 +24,7 @@ from .writer import ShardWriter
 Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOLERANCE = 1e-4
 U_PROJ = ".mixer.u_proj.weight"
 
@@ -304,7 +305,7 @@ def write_model(
 def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]:
     """The start of all weights of the mixers to which `missing` weights belong."""
     alone = {"num_hidden_layers": 1, "layer_types": [LAYER_TYPE], "intermediate_size": 0, "vocab_size": 1}
-    small = MCConfig.from_dict(config.to_dict() | alone | {"pad_token_id": None})
+    small = MCConfig.from_dict(config.to_dict() | alone | dict.fromkeys(SPECIAL))
     found = {}
     for layer in sorted({name.split(".")[2] for name in missing if ".mixer." in name}):
         with torch.random.fork_rng(devices=[]):

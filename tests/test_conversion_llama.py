@@ -52,10 +52,11 @@ def test_all_attention_is_the_source(tmp_path, make, kind):
 
 @pytest.mark.parametrize("memory", ["gated_linear", "gated_delta", "swla"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory):
+def test_chosen_layers_keep_what_they_can(tmp_path, make, kind, memory, caplog):
     theirs = make(kind)
     fields = {"memory": memory, "aggregation": "grm", "segment_size": 8}
     convert(tmp_path / "source", tmp_path / "ours", layers=[1, 3], **fields)
+    assert "within the vocabulary" not in caplog.text
     ours = MCForCausalLM.from_pretrained(tmp_path / "ours").eval()
     assert [kind == "memory_caching" for kind in ours.config.layer_types] == [False, True, False, True]
     with torch.no_grad():  # up to the first memory layer nothing has changed
