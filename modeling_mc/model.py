@@ -229,7 +229,12 @@ class MCModel(MCPreTrainedModel):
         if inputs_embeds is None:
             if input_ids.dtype not in (torch.int64, torch.int32):
                 raise ValueError(f"`input_ids` must be torch.int64 or torch.int32, got {input_ids.dtype}")
+            if input_ids.ndim != 2:
+                raise ValueError(f"`input_ids` must have shape (rows, tokens), got {tuple(input_ids.shape)}")
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            shape = f"(rows, tokens, {self.config.hidden_size})"
+            raise ValueError(f"`inputs_embeds` must have shape {shape}, got {tuple(inputs_embeds.shape)}")
         packed = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
         is_packed = any(value is not None for value in packed.values())
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):

@@ -149,6 +149,15 @@ def test_token_dtypes(model, dtype):
         model(tokens(1, 5).to(dtype))
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 2, 5)])
+def test_shapes_of_tokens_and_embeddings(model, shape):
+    with pytest.raises(ValueError, match=r"`input_ids` must have shape \(rows, tokens\), got"):
+        model(tokens(*shape))
+    for wrong in (shape, (1, 5, SMALL["hidden_size"] + 1)):
+        with pytest.raises(ValueError, match=r"`inputs_embeds` must have shape \(rows, tokens, 24\), got"):
+            model(inputs_embeds=torch.zeros(wrong))
+
+
 def test_int32_tokens(model):
     with torch.no_grad():
         assert torch.equal(model(tokens(1, 5).int()).logits, model(tokens(1, 5)).logits)
