@@ -224,17 +224,7 @@ class MCModel(MCPreTrainedModel):
         Raises:
             ValueError: inputs that are missing, empty, of a wrong dtype or shape, or packed without borders.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
-        if inputs_embeds is None:
-            if input_ids.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"`input_ids` must be torch.int64 or torch.int32, got {input_ids.dtype}")
-            if input_ids.ndim != 2:
-                raise ValueError(f"`input_ids` must have shape (rows, tokens), got {tuple(input_ids.shape)}")
-            inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-            shape = f"(rows, tokens, {self.config.hidden_size})"
-            raise ValueError(f"`inputs_embeds` must have shape {shape}, got {tuple(inputs_embeds.shape)}")
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
         packed = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
         is_packed = any(value is not None for value in packed.values())
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
@@ -284,6 +274,21 @@ class MCModel(MCPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """`[B, T, hidden]` of whichever is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            if input_ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"`input_ids` must be torch.int64 or torch.int32, got {input_ids.dtype}")
+            if input_ids.ndim != 2:
+                raise ValueError(f"`input_ids` must have shape (rows, tokens), got {tuple(input_ids.shape)}")
+            return self.embed_tokens(input_ids)
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            shape = f"(rows, tokens, {self.config.hidden_size})"
+            raise ValueError(f"`inputs_embeds` must have shape {shape}, got {tuple(inputs_embeds.shape)}")
+        return inputs_embeds
 
     def _check_cache(self, past: Cache) -> None:
         for layer in self._running:
