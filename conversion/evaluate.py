@@ -36,7 +36,8 @@ def blocks_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> tor
     """
     ids = tokenizer(text, verbose=False, return_tensors="pt")["input_ids"][0]
     if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens and does not fill one block: --length must be <= {len(ids)}")
+        remedy = f"--length must be <= {len(ids)}" if len(ids) > 1 else "a text of two tokens or more is needed"
+        raise ValueError(f"the text has {len(ids)} tokens and does not fill one block of {length}: {remedy}")
     return ids[: len(ids) // length * length].view(-1, length)
 
 

@@ -287,6 +287,9 @@ def test_no_such_checkpoint_and_short_text(capsys, checkpoint, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     code, _, err = run(capsys, "eval", checkpoint, tmp_path / "short.txt", "--length", 64)
     assert code == 1 and "--length must be <= 5" in err
+    (tmp_path / "empty.txt").touch()
+    code, _, err = run(capsys, "eval", checkpoint, tmp_path / "empty.txt")
+    assert code == 1 and "has 0 tokens" in err and "two tokens or more" in err
 
 
 def test_a_token_is_never_printed(monkeypatch):
