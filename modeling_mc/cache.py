@@ -144,6 +144,12 @@ class MCCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"`past_key_values` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
             )
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Bring back what `offload` has moved."""
+        if self.is_initialized and self.position.device != self.device:
+            self._map(lambda t: t.to(self.device))
 
     def _thaw(self) -> None:
         """Outside of inference mode, tensors that were made in it can be neither overwritten nor kept for a gradient:
@@ -283,13 +289,13 @@ class MCCacheLayer(CacheLayerMixin):
         self.recorded, self.snapshot = [], None
 
     def offload(self) -> None:
-        """Move all tensors to host memory (Transformers' offloading layer by layer; see `MCCache` for segments)."""
-        self._map(lambda t: t.to("cpu", non_blocking=True))
+        """Move all tensors to host memory (Transformers' offloading layer by layer; see `MCCache` for segments). They
+        are complete when this returns: who asks for them next may be the host. The next forward brings them back."""
+        self._map(lambda t: t.to("cpu"))
 
     def prefetch(self) -> None:
-        """Move all tensors back to where they are computed."""
-        if self.is_initialized:
-            self._map(lambda t: t.to(self.device, non_blocking=True))
+        """Nothing: Transformers fetches ahead on another stream and waits for it in `update`, before which a memory
+        layer has read its tensors."""
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: row i goes on from row `beam_idx[i]`, `[B]`."""
@@ -330,6 +336,7 @@ class MCCacheLayer(CacheLayerMixin):
         Raises:
             RuntimeError: more tokens than were recorded since the last crop (see `activate_past_recording`).
         """
+        self._fetch()
         recorded, snapshot, remove = self.recorded, self.snapshot, abs(tokens_to_remove)
         known = sum(entry.hidden_states.shape[1] for entry in recorded)
         if remove > known:

@@ -18,7 +18,7 @@ from helpers import (
     small_config,
     tokens,
 )
-from mc_transformers import MCCache
+from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc import mc_cache
 from mc_transformers.modeling_mc.memory_file import FILE
@@ -96,6 +96,31 @@ def test_offloaded_states_are_exact_and_quantised_ones_close(memory: str) -> Non
     model(ids, past_key_values=plain)
     assert errors["offload"] < 1e-4 < errors["int8"] < 0.2 and errors["bf16"] < 0.1
     assert errors["int8 bytes"] < errors["bf16 bytes"] < plain.nbytes
+
+
+@torch.no_grad()
+def test_offloaded_layers_come_back_when_they_are_needed() -> None:
+    """Transformers' own offloading, of whole layers, on a device that only knows where its tensors are. Nothing may
+    wait for `prefetch`: its stream is another one."""
+    with FakeTensorMode(), torch.device("meta"):
+        model = MCForCausalLM(small_config(num_hidden_layers=2))
+        cache, ids = MCCache(config=model.config), torch.zeros(2, 20, dtype=torch.int64)
+        model(ids, past_key_values=cache)
+
+        def offload() -> None:
+            for layer in cache.layers:
+                layer.offload()
+                layer.prefetch()
+                assert {x.device.type for x in layer.tensors.values()} == {"cpu"}
+
+        offload()
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        model(ids[:, :3], past_key_values=cache)
+        offload()
+        for layer in cache.layers:
+            layer.crop(-2)
+        assert {x.device.type for layer in cache.layers for x in layer.tensors.values()} == {"meta"}
 
 
 def test_unknown_state_dtype_is_refused() -> None:
