@@ -44,6 +44,8 @@ def test_every_part_runs(tmp_path):
     assert all(row["cache_bytes"] > 0 for row in measured if row["part"] == "decode")
     assert {"triton", "torch"} <= {row.get("backend") for row in measured if row["part"] == "layer"}
     assert not list(tmp_path.glob("*.partial"))
+    checked = [row["case"] for row in rows if row["part"] == "correctness"]
+    assert set(checked[: len(set(checked))]) == set(checked)  # where time runs out, every op was checked first
 
 
 def test_no_time(tmp_path):
