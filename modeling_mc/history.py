@@ -82,6 +82,21 @@ class History:
         needed = max(1, num_tokens // self.segment_size)
         return needed if self.max_segments is None else min(needed, self.max_segments)
 
+    def check_room(self, layer: MCCacheLayer, num_tokens: int) -> None:
+        """Refuse `num_tokens` more tokens if a static cache has no slots for the segments that they finish.
+
+        Raises:
+            ValueError: they would overwrite earlier segments.
+        """
+        if torch.compiler.is_compiling() or not self.keeps:
+            return
+        total, room = int(layer.num_tokens) + num_tokens, layer.bound(num_tokens)
+        if self.num_slots(total) > self.num_slots(room):
+            raise ValueError(
+                f"`past_key_values` has room for the segments of {room} tokens (`max_cache_len`), and {total} would be "
+                "read: make a larger one"
+            )
+
     def mean(self, sums: torch.Tensor, level: int = 0) -> torch.Tensor:
         """Descriptors of complete segments of a level from their sums."""
         return sums * (self.num_blocks / (self.segment_size << level))

@@ -181,6 +181,7 @@ class MCModel(MCPreTrainedModel):
         layer = None if past is None else memory_layer(past, mixer.layer_idx)
         if layer is not None:  # before its positions are used
             layer.check(mixer.cache_signature, len(inputs_embeds))
+            mixer.history.check_room(layer, inputs_embeds.shape[1])
         device, known = inputs_embeds.device, layer is not None and layer.is_initialized
         table = SegmentTable.build(
             *inputs_embeds.shape[:2],

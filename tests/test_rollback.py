@@ -188,6 +188,12 @@ def test_compiled_decoding_never_recompiles(fields: dict) -> None:
     assert_close(torch.cat(out, 1), full[:, 6:])
 
 
+# how many tokens a static cache for 20 tokens can take: slots and levels are for 2 segments of 8 tokens
+ENDS = [
+    ({"memory": "swla"}, 24), ({"memory": "dla"}, 24), ({"aggregation": "residual"}, 24),
+    ({"memory": "titans", "segmentation": "logarithmic"}, 32),
+    *((fields, 50) for fields in [*BOUNDED, {"aggregation": "none"}]),
+]  # fmt: skip
 STATIC = [{"memory": "swla"}, {"memory": "dla"}, {"memory": "titans", "segmentation": "logarithmic"}, *BOUNDED]
 
 
@@ -212,6 +218,21 @@ def test_static_cache_can_be_reset_and_cropped(fields: dict) -> None:
     model((ids[:, 15:22] + 3) % 60, past_key_values=cache)
     cache.crop(-7)
     assert_close(model(ids[:, 15:], past_key_values=cache).logits, full[:, 15:])
+
+
+@pytest.mark.parametrize("fields, end", ENDS, ids=str)
+@torch.no_grad()
+def test_static_cache_beyond_its_length(fields: dict, end: int) -> None:
+    """It goes on as long as it has slots for segments, and never overwrites one that is still to be read."""
+    model = build(small_config(**fields))
+    ids = tokens(1, 50)
+    full, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=20)
+    out = [model(ids[:, :15], past_key_values=cache).logits]
+    out += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(15, end - 1)]
+    assert_close(torch.cat(out, 1), full[:, : end - 1])
+    if end < 50:
+        with pytest.raises(ValueError, match="room for the segments of 20 tokens.*max_cache_len"):
+            model(ids[:, end - 1 : end], past_key_values=cache)
 
 
 def test_static_cache_leaves_inference_mode() -> None:
