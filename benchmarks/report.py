@@ -131,8 +131,10 @@ def curves(axes, lines: dict[str, list[tuple[float, float]]], labels: tuple[str,
 
 
 # ------------------------------------------------------------------------------------------------------ the sections
-def recall(study: str, title: str, about: str, chart: bool = False, learning: bool = True) -> list[str | Figure]:
-    """`learning`: say how many runs are above `LEARNED`."""
+def recall(
+    study: str, title: str, about: str, chart: Callable | None = None, learning: bool = True
+) -> list[str | Figure]:
+    """`chart` draws (bytes, accuracy) of every cell into axes. `learning`: say how many runs are above `LEARNED`."""
     runs = read_runs(study)
     if not runs:
         return []
@@ -152,10 +154,11 @@ def recall(study: str, title: str, about: str, chart: bool = False, learning: bo
         count = f"{sum(value > LEARNED for value in values)} of {len(values)}" if learning else str(len(values))
         rows.append([cell, spread(values) + single, count, rate, *sizes])
     parts = [f"## {title}", about]
+    if chart is scatter:
+        parts.append(against_none(seeds))
     if chart:
-        parts += [against_none(seeds)]
         title = "Accuracy against the bytes kept of a sequence"
-        parts.append(Figure(study, title, lambda axes: scatter(axes, points)))
+        parts.append(Figure(study, title, lambda axes: chart(axes, points)))
     count = "seeds that learned" if learning else "seeds"
     head = ["cell", "accuracy", count, "learning rate", "bytes kept", "parameters"]
     return [*parts, markdown(head, rows), origin(study, runs)]
@@ -192,6 +195,16 @@ def scatter(axes, points: dict[str, tuple[int, float]]) -> None:
     axes.set(xlabel="bytes kept of one sequence", ylabel="accuracy", xscale="log", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6.5, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def by_width(axes, points: dict[str, tuple[int, float]]) -> None:
+    """One line per memory and read rule over the widths of the models, where the pairs are the most."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, point in sorted(points.items(), key=lambda pair: pair[1]):
+        name, pairs, _ = cell.split(", ")
+        if pairs == "64 pairs":
+            lines.setdefault(name, []).append(point)
+    curves(axes, lines, ("bytes kept of one sequence", "accuracy, 64 pairs"), "x")
 
 
 def needle() -> list[str | Figure]:
@@ -469,10 +482,10 @@ def page() -> list[str | Figure]:
         HEAD + "\nSmall models on two CPU cores: what they show about reading rules may not hold at another scale. "
         "No GPU was available, so the settings of the paper (512 tokens, 64 pairs, 5 seeds; 760M and 1.3B parameters) "
         "have not been run.",
-        *recall("mqar", "Recall: multi-query associative recall", SETTING, True),
+        *recall("mqar", "Recall: multi-query associative recall", SETTING, scatter),
         *recall("ablations", "Ablations", ABLATION),
-        *recall("mqar_256", "Recall from 256 tokens", LONGER),
-        *recall("mqar_512", "Recall from 512 tokens", PUBLISHED, True),
+        *recall("mqar_256", "Recall from 256 tokens", LONGER, by_width),
+        *recall("mqar_512", "Recall from 512 tokens", PUBLISHED, scatter),
         *recall("vectors", "Recall with LSTM and GRU", VECTORS, learning=False),
         *needle(),
         *language("language", "Language modelling, and caching after training", LANGUAGE),
