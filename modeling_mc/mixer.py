@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..configuration_mc import MCConfig
-from ..kernels.common import compute_dtype
+from ..kernels.common import autocast_off, compute_dtype
 from .aggregation import Aggregation, Summary
 from .attention import rotate
 from .cache import MCCacheLayer
@@ -263,12 +263,13 @@ class MCMixer(nn.Module):
     def _answers(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """Answers `[R, T, H, dv]` of compact tokens `[R, T, hidden]`, and their traces in the cache."""
         parts = self._project(x, table, layer)
-        if self.config.mc_backend == "reference":
-            out = self._reference(parts, table, layer)
-        elif table.resumed and table.num_tokens == 1:
-            out = self._tokens(parts, table, layer)
-        else:
-            out = self._grid(parts, table, layer)
+        with autocast_off(x.device):  # states and gates are fp32, in one pass and token by token
+            if self.config.mc_backend == "reference":
+                out = self._reference(parts, table, layer)
+            elif table.resumed and table.num_tokens == 1:
+                out = self._tokens(parts, table, layer)
+            else:
+                out = self._grid(parts, table, layer)
         if self.config.value_skip:
             out = out + (self.skip(compute_dtype(out))[:, None] * parts.v).to(out.dtype)
         return out

@@ -131,6 +131,22 @@ def test_bf16_autocast(memory):
     assert len(kept) >= 4 and set(kept.values()) == {torch.float32}
 
 
+@pytest.mark.parametrize("memory", ["linear", "dla", "gru"])
+@torch.no_grad()
+def test_memories_are_read_outside_of_autocast(memory, monkeypatch):
+    """A prompt and the tokens after it: products of states are in fp32 for both."""
+    model = build(small_config(memory, aggregation="residual"))
+    kind, seen = type(model.model.layers[0].mixer.memory), []
+    for name in ("read", "constant_read"):
+        original = getattr(kind, name)
+        recorded = lambda *args, f=original: (seen.append(torch.is_autocast_enabled("cpu")), f(*args))[1]  # noqa: E731
+        monkeypatch.setattr(kind, name, recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model(tokens(1, 2 * SIZE), use_cache=True).past_key_values
+        model(tokens(1, 1), past_key_values=cache)
+    assert len(seen) > 2 and not any(seen)
+
+
 @pytest.mark.parametrize("memory", MEMORY_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_model(memory, dtype):

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...kernels.chunks import Decay
-from ...kernels.common import autocast_off
 from ...kernels.deep_common import ANSWER, EPS, NOTHING, gelu_backward
 from ...kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
 from ...kernels.deep_write import deep_write
@@ -113,10 +112,8 @@ class DeepTrace(Trace):
         if read == self.ready[0] and x is self.ready[1]:
             return self.ready[2]
         parts = zip(self.layout.tokens(x), self.calls, strict=True)
-        with autocast_off(x.device):
-            kind = {"loss": self.loss, "read": read, "backend": self.backend}
-            answers = [deep_write(part, *call, **kind)[0] for part, call in parts]
-        return self.layout.join(answers)
+        kind = {"loss": self.loss, "read": read, "backend": self.backend}
+        return self.layout.join([deep_write(part, *call, **kind)[0] for part, call in parts])
 
 
 class HeadNorm(nn.Module):
@@ -199,8 +196,7 @@ class DeepMemory(Memory):
         w2, w1, c2, c1, *momentum, count = state
         begins = (count == 0)[..., None, None]
         c2, c1 = torch.where(begins, w2, c2), torch.where(begins, w1, c1)
-        with autocast_off(k.device):
-            grads = self._gradients(k.to(w2.dtype)[..., None, :], v.to(w2.dtype)[..., None, :], c2, c1)
+        grads = self._gradients(k.to(w2.dtype)[..., None, :], v.to(w2.dtype)[..., None, :], c2, c1)
         added = [-gates["step"][..., None, None] * grad for grad in grads]
         if self.momentum:
             keep = gates["log_momentum"].exp()[..., None, None]
@@ -231,9 +227,8 @@ class DeepMemory(Memory):
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         w2, w1 = state
-        with autocast_off(q.device):
-            x = q.to(w2.dtype)
-            return self.finish(x, (F.gelu(x[..., None, :] @ w2) @ w1)[..., 0, :])
+        x = q.to(w2.dtype)
+        return self.finish(x, (F.gelu(x[..., None, :] @ w2) @ w1)[..., 0, :])
 
     # ------------------------------------------------------------------------------------------------- whole grids
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
@@ -269,8 +264,7 @@ class DeepMemory(Memory):
         """Per call: queries; keys, values and coefficients; which chunks hold a token `[B, chunks]`."""
         valid = layout.chunked(table.valid)
         gates = {name: layout.chunked(gate).movedim(-1, -2) for name, gate in gates.items()}
-        with autocast_off(q.device):
-            coefficients = self.coefficients(gates, valid[..., None, :])
+        coefficients = self.coefficients(gates, valid[..., None, :])
         cut = (layout.tokens(k), layout.tokens(v), *map(layout.cut, coefficients))
         return zip(layout.tokens(q), zip(*cut, strict=True), layout.cut(valid.any(-1)), strict=True)
 
