@@ -472,7 +472,8 @@ LANGUAGE = (
 )
 LANGUAGE_1024 = (
     "Models of the section above trained at T = 1024 with segments of 128 bytes, as many bytes in all: in training "
-    "they read up to seven kept segments instead of three. `mean` caches a state every 1024 bytes."
+    "they read up to seven kept segments instead of three. `mean` caches a state every 1024 bytes. "
+    "Three seeds, two of `log-linear++` and `grm from the last state`."
 )
 LANGUAGE_30M = (
     "The models of the first section on language modelling with ten layers of width 512, 3000 steps of 65,536 bytes "
