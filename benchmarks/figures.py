@@ -47,11 +47,16 @@ def curves(axes, lines: dict[str, list[tuple[float, float]]], labels: tuple[str,
 
 
 def scatter(axes, points: dict[str, tuple[int, float]]) -> None:
-    memories = list(dict.fromkeys(cell.split(" ")[0] for cell in points))
+    """Colours are memories, marks are read rules; a line joins the sizes of one ("memory rule, size")."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, point in points.items():
+        lines.setdefault(cell.partition(", ")[0], []).append(point)
+    memories = list(dict.fromkeys(name.split(" ")[0] for name in lines))
     marks = dict(zip(("none", "residual", "grm", "soup", "ssc", "log-linear++", ""), "osDP^*X", strict=True))
-    for cell, (size, accuracy) in points.items():
-        memory, _, read = cell.partition(" ")
-        axes.plot(size, accuracy, marks.get(read, "X"), color=f"C{memories.index(memory) % 10}", ms=6, alpha=0.8)
+    for name, line in lines.items():
+        memory, _, read = name.partition(" ")
+        color = f"C{memories.index(memory) % 10}"
+        axes.plot(*zip(*sorted(line), strict=True), marks.get(read, "X"), ls="-", lw=0.6, color=color, ms=6, alpha=0.8)
     for place, memory in enumerate(memories):
         axes.plot([], [], "s", color=f"C{place % 10}", label=memory)
     for read, mark in marks.items():
@@ -62,14 +67,9 @@ def scatter(axes, points: dict[str, tuple[int, float]]) -> None:
     axes.legend(fontsize=6.5, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def by_width(axes, points: dict[str, tuple[int, float]]) -> None:
-    """One line per memory and read rule over the widths of the models, where the pairs are the most."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for cell, point in sorted(points.items(), key=lambda pair: pair[1]):
-        name, pairs, _ = cell.split(", ")
-        if pairs == "64 pairs":
-            lines.setdefault(name, []).append(point)
-    curves(axes, lines, ("bytes kept of one sequence", "accuracy, 64 pairs"), "x")
+def most_pairs(axes, points: dict[str, tuple[int, float]]) -> None:
+    """Widths and memories at 64 pairs."""
+    scatter(axes, {cell: point for cell, point in points.items() if ", 64 pairs" in cell})
 
 
 def heat(axes, maps: dict[str, list[list[float]]], lengths: list[str]) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from figures import Figure, by_width, curves, heat, scatter
+from figures import Figure, curves, heat, most_pairs, scatter
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +117,7 @@ def recall(
     if chart is scatter:
         parts.append(against_none(seeds))
     if chart:
-        title = "Accuracy against the bytes kept of a sequence"
+        title = "Accuracy against the bytes kept of a sequence" + ", 64 pairs" * (chart is most_pairs)
         parts.append(Figure(study, title, lambda axes: chart(axes, points)))
     count = "seeds that learned" if learning else "seeds"
     head = ["cell", "accuracy", count, "learning rate", "bytes kept", "parameters"]
@@ -409,7 +409,7 @@ def page() -> list[str | Figure]:
         "have not been run.",
         *recall("mqar", "Recall: multi-query associative recall", SETTING, scatter),
         *recall("ablations", "Ablations", ABLATION),
-        *recall("mqar_256", "Recall from 256 tokens", LONGER, by_width),
+        *recall("mqar_256", "Recall from 256 tokens", LONGER, most_pairs),
         *recall("mqar_512", "Recall from 512 tokens", PUBLISHED, scatter),
         *recall("vectors", "Recall with LSTM and GRU", VECTORS, learning=False),
         *needle(),
