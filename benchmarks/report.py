@@ -363,6 +363,9 @@ ABLATION = (
     "state (promised in the paper, absent there). `gate without segment context` scores where a segment is (sines and "
     "cosines of its positions) and not what it holds. No gate is `residual` above; deep memories are above too."
 )
+SHORTER = (
+    "The same model and task with 16 pairs in 64 tokens and segments of 8, everything else as above."
+)
 LONGER = (
     "The same task in 256 tokens with 256 ids, everything else as above, one learning rate. Of the sizes and memories "
     "of the study only those in the table have run, most with fewer than three seeds. `grm` is above `none` wherever "
@@ -409,6 +412,7 @@ def page() -> list[str | Figure]:
         "have not been run.",
         *recall("mqar", "Recall: multi-query associative recall", SETTING, scatter),
         *recall("ablations", "Ablations", ABLATION),
+        *recall("mqar_64", "Recall from 64 tokens", SHORTER, scatter),
         *recall("mqar_256", "Recall from 256 tokens", LONGER, most_pairs),
         *recall("mqar_512", "Recall from 512 tokens", PUBLISHED, scatter),
         *recall("vectors", "Recall with LSTM and GRU", VECTORS, learning=False),

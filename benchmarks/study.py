@@ -89,6 +89,16 @@ def mqar() -> list[Cell]:
     return cells
 
 
+def mqar_64() -> list[Cell]:
+    """Recall of 16 pairs from 64 tokens in segments of 8: a state of the same size holds half as many pairs."""
+    size = {"seq_len": 64, "pairs": 16, "segment_size": 8}
+    rules = {f"linear {name}": read for name, read in reads("linear").items()}
+    return [
+        Cell(name, "recall", RECALL | size | read, (1e-2, 2e-2))
+        for name, read in (rules | {"attention": {"layer_types": ["full_attention"]}}).items()
+    ]
+
+
 def mqar_256() -> list[Cell]:
     """Recall from 256 tokens: more and fewer pairs, wider and narrower models; other memories at one of the sizes."""
     cells = []
@@ -217,7 +227,7 @@ def language_30m() -> list[Cell]:
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
     study.__name__: study for study in (
-        mqar, mqar_256, vectors, ablations, needle, language, language_1024, mqar_512, language_30m,
+        mqar, mqar_64, mqar_256, vectors, ablations, needle, language, language_1024, mqar_512, language_30m,
     )
 }
 
