@@ -4,6 +4,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def _check_memory(folder: Path, keep: bool) -> None:
     """Before anything is read, which may take long.
 
     Raises:
-        NotADirectoryError: the memory could not be written. FileNotFoundError: there is none to keep.
+        NotADirectoryError, PermissionError: the memory could not be written. FileNotFoundError: there is none to keep.
     """
     from ..modeling_mc.memory_file import FILE
 
@@ -92,6 +93,9 @@ def _check_memory(folder: Path, keep: bool) -> None:
         raise NotADirectoryError(f"--memory {folder} is no folder")
     if keep and not (folder / FILE).is_file():
         raise FileNotFoundError(f"--memory {folder} holds no {FILE} that --keep-memory could keep")
+    if not keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def run_eval(args: argparse.Namespace) -> None:

@@ -149,7 +149,7 @@ def test_generate_goes_on_from_a_memory(capsys, checkpoint, tmp_path):
     ("options", "words"),
     [
         (["--memory", "file"], "is no folder"), (["--memory", "typo", "--keep-memory"], "typo holds no memory"),
-        (["--keep-memory"], "without --memory"),
+        (["--keep-memory"], "without --memory"), (["--memory", "file/notes"], "Not a directory"),
     ],
 )  # fmt: skip
 def test_generate_refuses_a_memory_before_it_reads(capsys, checkpoint, tmp_path, monkeypatch, options, words):
