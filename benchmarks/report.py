@@ -398,6 +398,10 @@ LANGUAGE_1024 = (
     "they read up to seven kept segments instead of three. `mean` caches a state every 1024 bytes. "
     "Three seeds, two of `log-linear++` and `grm from the last state`."
 )
+LANGUAGE_8M = (
+    "Some models of the section above trained for 2000 steps instead of 500, 8 million bytes, one seed. `mean` caches "
+    "a state every 1024 bytes."
+)
 LANGUAGE_30M = (
     "The models of the first section on language modelling with ten layers of width 512, 3000 steps of 65,536 bytes "
     "at T = 2048 and segments of 256 bytes. The text is small for models of this size."
@@ -420,6 +424,7 @@ def page() -> list[str | Figure]:
         *language("language", "Language modelling, and caching after training", LANGUAGE),
         *language_cost(),
         *language("language_1024", "Language modelling, trained on longer sequences", LANGUAGE_1024),
+        *language("language_8m", "Language modelling, trained for longer", LANGUAGE_8M),
         *language("language_30m", "Language modelling, larger models", LANGUAGE_30M),
         *cost(),
     ]
