@@ -187,13 +187,15 @@ def language() -> list[Cell]:
 
 
 def language_1024() -> list[Cell]:
-    """The same models, trained on sequences of 1024 bytes and segments of 128: eight segments instead of four."""
+    """The same models, trained on sequences of 1024 bytes and segments of 128: eight segments instead of four. Also
+    with a memory without decay, which reads what is far back as loudly as what is near whether it caches or not."""
     longer = {"train_length": 1024, "batch": 4, "segment_size": 128}
-    names = ("none", "residual", "grm", "ssc", "log-linear++")
-    cells = [cell for cell in language() if cell.name in names]
-    carried = {"aggregation": "grm", "state_init": "checkpoint"}  # the online memory is then that of `none`
-    cells.append(Cell("grm from the last state", "language", carried, (4e-3,)))
-    return [Cell(cell.name, cell.task, cell.settings | longer, cell.rates) for cell in cells]
+    names = ("none", "residual", "grm", "ssc", "log-linear++", "none, linear memory")
+    settings = {cell.name: cell.settings for cell in language() if cell.name in names}
+    # the online memory is then that of `none`
+    settings["grm from the last state"] = {"aggregation": "grm", "state_init": "checkpoint"}
+    settings |= {f"{name}, linear memory": {"memory": "linear", "aggregation": name} for name in ("grm", "ssc")}
+    return [Cell(name, "language", change | longer, (4e-3,)) for name, change in settings.items()]
 
 
 def language_8m() -> list[Cell]:
