@@ -243,21 +243,26 @@ def measured_on(machine: dict) -> str:
 
 
 def late(rules: dict[str, list[dict]], part: str) -> str:
-    """Who predicts the last bytes better than `none`, in words."""
-    means = {
-        cell: statistics.mean(run["losses"][part]["nats"] for run in group)
-        for cell, group in rules.items()
-        if group[0]["own"] and "," not in cell
-    }
-    plain = means.pop("none", None)
-    if plain is None:
-        return ""
-    better, worse = ([f"{cell} ({loss - plain:+.3f})" for cell, loss in sorted(means.items(), key=lambda pair: pair[1])
-                      if (loss < plain) == wanted] for wanted in (True, False))  # fmt: skip
-    return (
-        f"In bytes {part}, where caching should help, below the loss of `none`: {', '.join(better) or 'nothing'}; not "
-        f"below: {', '.join(worse) or 'nothing'}."
-    )
+    """Who predicts the last bytes better than `none` of the same memory, in words; a cell is "rule[, memory]"."""
+    memories: dict[str, dict[str, float]] = {}
+    for cell, group in rules.items():
+        if group[0]["own"]:
+            memory = "".join(cell.partition(", ")[1:])
+            loss = statistics.mean(run["losses"][part]["nats"] for run in group)
+            memories.setdefault(memory, {})[cell.removesuffix(memory)] = loss
+    sentences = []
+    for memory, means in memories.items():
+        plain = means.pop("none", None)
+        if plain is None or not means:
+            continue
+        gaps = sorted((loss - plain, rule) for rule, loss in means.items())
+        better, worse = ([f"{rule} ({gap:+.3f})" for gap, rule in gaps if (gap < 0) == wanted]
+                         for wanted in (True, False))  # fmt: skip
+        sentences.append(
+            f"In bytes {part}, where caching should help, below the loss of `none{memory}`: "
+            f"{', '.join(better) or 'nothing'}; not below: {', '.join(worse) or 'nothing'}."
+        )
+    return " ".join(sentences)
 
 
 def gains(rules: dict[str, list[dict]], part: str) -> list[str]:
