@@ -403,7 +403,8 @@ LANGUAGE = (
 LANGUAGE_1024 = (
     "Models of the section above trained at T = 1024 with segments of 128 bytes, as many bytes in all: in training "
     "they read up to seven kept segments instead of three. `mean` caches a state every 1024 bytes. "
-    "Three seeds, two of `log-linear++` and `grm from the last state`."
+    "Three seeds, two of `log-linear++` and `grm from the last state`. A linear memory has no decay: without caching "
+    "it weighs what is far back like what is near, with `grm` it may choose, and is as good, not better."
 )
 LANGUAGE_8M = (
     "Some models of the section above trained for 2000 steps instead of 500, 8 million bytes, one seed. `mean` caches "
