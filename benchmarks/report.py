@@ -354,8 +354,8 @@ def beside_others() -> list[str]:
 SETTING = (
     "32 pairs of keys and values in 128 tokens, each asked for once, 128 ids; two layers with one head of width 16 "
     "and no MLP, segments of 16 tokens, k = 2, 2000 steps of 16 fresh sequences. Accuracy over all queries of 256 "
-    "test sequences, mean ± standard deviation over seeds, at the best of the learning rates tried (two for `none` "
-    "and `grm`, and for all rules of the linear memory; others, LSTM and GRU among them, had one). A run below "
+    "test sequences, mean ± standard deviation over seeds, at the best of the learning rates tried (the table "
+    "names them: two for the main rules of matrix memories). A run below "
     f"{LEARNED} had not begun to learn when the steps were over: it says more about 2000 steps than about the memory. "
     "For memories that are matrices or vectors `soup` is `grm`. The setting was chosen after short trials of four "
     "others, for a state too small to hold all pairs; those runs were not kept. In one of the four (64 tokens, 16 "
@@ -375,8 +375,8 @@ SHORTER = (
 )
 LONGER = (
     "The same task in 256 tokens with 256 ids, everything else as above; two learning rates for the main rules of a "
-    "linear memory at 64 pairs and width 32 (the higher is worse in every mean), one elsewhere. Of the study those cells "
-    "are in the table that have run: fewer than three seeds of most memories and of the sizes at the edges, and "
+    "linear memory at 64 pairs and width 32 (the higher is worse in every mean), one elsewhere. Of the study those "
+    "cells are in the table that have run: fewer than three seeds of most memories and of the sizes at the edges, and "
     "16 and 32 pairs at width 64 not at all. `grm` is above `none` of a linear memory at every size, by little where "
     "the state holds all pairs, and of the other memories except DLA, which needs no caching. `ssc` comes close to "
     "`none` more often than to `grm`. Per byte kept caching does not gain: without it, a model of width 64 is above "
