@@ -355,7 +355,7 @@ SETTING = (
     "32 pairs of keys and values in 128 tokens, each asked for once, 128 ids; two layers with one head of width 16 "
     "and no MLP, segments of 16 tokens, k = 2, 2000 steps of 16 fresh sequences. Accuracy over all queries of 256 "
     "test sequences, mean ± standard deviation over seeds, at the best of the learning rates tried (the table "
-    "names them: two for the main rules of matrix memories). A run below "
+    "names them: two for the main rules of matrices and deep memories). A run below "
     f"{LEARNED} had not begun to learn when the steps were over: it says more about 2000 steps than about the memory. "
     "For memories that are matrices or vectors `soup` is `grm`. The setting was chosen after short trials of four "
     "others, for a state too small to hold all pairs; those runs were not kept. In one of the four (64 tokens, 16 "
