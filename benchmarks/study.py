@@ -188,7 +188,7 @@ def language() -> list[Cell]:
 
 def language_1024() -> list[Cell]:
     """The same models, trained on sequences of 1024 bytes and segments of 128: eight segments instead of four. Also
-    with a memory without decay, which reads what is far back as loudly as what is near whether it caches or not."""
+    with a memory without decay, which without caching reads what is far back as loudly as what is near."""
     longer = {"train_length": 1024, "batch": 4, "segment_size": 128}
     names = ("none", "residual", "grm", "ssc", "log-linear++", "none, linear memory")
     settings = {cell.name: cell.settings for cell in language() if cell.name in names}
