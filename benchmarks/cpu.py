@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mc_transformers import MCConfig, MCModel
+from mc_transformers import MCCache, MCConfig, MCModel
 from mc_transformers.modeling_mc.mixer import MCMixer
 from mc_transformers.modeling_mc.segments import SegmentTable
 
@@ -180,17 +180,17 @@ def time_decoding(name: str, tokens: int) -> dict[str, float]:
     model = MCModel(_config(memory, aggregation, layer_types=[kind], vocab_size=256, intermediate_size=512)).eval()
     caches = {}
     for context in CONTEXTS:
-        past = None
+        past = MCCache(config=model.config)
         for start in range(0, context, 1024):
             ids = torch.randint(256, (1, min(1024, context - start)))
-            past = model(ids, past_key_values=past, use_cache=True).past_key_values
+            model(ids, cache=past)
         caches[context] = past
     taken: dict[int, list[float]] = {context: [] for context in CONTEXTS}
     for step in range(tokens + 8):
         for context in CONTEXTS[:: -1 if step % 2 else 1]:  # a busy scheduler may favour the first or the second
             ids = torch.randint(256, (1, 1))
             start = time.perf_counter()
-            model(ids, past_key_values=caches[context], use_cache=True)
+            model(ids, cache=caches[context])
             if step >= 8:
                 taken[context].append(1e3 * (time.perf_counter() - start))
     return {

@@ -63,7 +63,7 @@ def run_generate(args: argparse.Namespace) -> None:
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        cache=cache,
         use_cache=True,  # a generation config that says no would have every token read again and again
         max_new_tokens=args.max_new_tokens,
         prefill_chunk_size=None if seen else PIECE,  # older Transformers would read what is remembered again

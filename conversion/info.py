@@ -112,7 +112,7 @@ def cache_bytes(config: MCConfig, num_tokens: int, model: MCForCausalLM | None =
     """Bytes of the cache of one row of `num_tokens` tokens: the model itself fills it, on a device without memory."""
     model = model or skeleton(config)
     cache = MCCache(config=config)
-    model(torch.zeros(1, num_tokens, dtype=torch.int64, device="meta"), past_key_values=cache, logits_to_keep=1)
+    model(torch.zeros(1, num_tokens, dtype=torch.int64, device="meta"), cache=cache, logits_to_keep=1)
     return cache.nbytes
 
 

@@ -35,6 +35,7 @@ from transformers.generation.streamers import BaseStreamer
 import mc_transformers as mc
 from experiment import option, save_json
 from mc_transformers.conversion.files import new_folder
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from text_data import Blocks, byte_tokenizer, reference_texts, source_texts
 
 
@@ -186,7 +187,7 @@ def measure_decoding(config: DemoConfig, model: PreTrainedModel, tokenizer) -> d
         model.generate(
             context,
             attention_mask=torch.ones_like(context),
-            past_key_values=cache,
+            cache=cache,
             use_cache=use_cache,
             min_new_tokens=new_tokens,
             max_new_tokens=new_tokens,
@@ -207,7 +208,7 @@ def transformer_cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in sizes})).to(model.dtype)
     cache = DynamicCache(config=llama.config)
-    llama(torch.zeros(1, num_tokens, dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    llama(torch.zeros(1, num_tokens, dtype=torch.long), logits_to_keep=1, **{CACHE_NAME: cache})
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 

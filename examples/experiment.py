@@ -108,7 +108,7 @@ def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.
 def cache_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """Bytes that the model keeps of one sequence `[1, T]`: states, summaries, convolution, or keys and values."""
     cache = MCCache(config=model.config)
-    model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    model(input_ids=input_ids, cache=cache, use_cache=True)
     return cache.nbytes
 
 

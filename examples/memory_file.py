@@ -22,7 +22,7 @@ def read(model, tokenizer, text: str, piece: int) -> mc.MCCache:
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"].to(model.device)
     cache = mc.MCCache(config=model.config)
     for part in tqdm(ids.split(piece, 1), desc="reading", unit="piece"):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, cache=cache, logits_to_keep=1)
     return cache
 
 
@@ -34,7 +34,7 @@ def ask(model, tokenizer, cache: mc.MCCache, question: str, max_new_tokens: int)
     out = model.generate(
         torch.cat([seen, ids], 1),
         attention_mask=mask,
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=max_new_tokens,
         do_sample=False,
     )

@@ -40,7 +40,7 @@ def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
     if not is_memory_layer(layer):
         found = "nothing" if layer is None else type(layer).__name__
         raise ValueError(
-            f"`past_key_values` ({type(cache).__name__}) holds {found} for memory layer {index}, allowed: an "
+            f"`cache` ({type(cache).__name__}) holds {found} for memory layer {index}, allowed: an "
             "MCCache or DynamicCache(config=model.config); PEFT's prefix tuning hands over keys and values of "
             "attention, which a memory layer cannot use: take prompt tuning or LoRA"
         )
@@ -139,10 +139,10 @@ class MCCacheLayer(CacheLayerMixin):
             return
         if self.signature != signature:
             differ = [f"{k}={self.signature[k]!r}, here {v!r}" for k, v in signature.items() if self.signature[k] != v]
-            raise ValueError(f"`past_key_values` was filled by another model ({'; '.join(differ)}): use a new cache")
+            raise ValueError(f"`cache` was filled by another model ({'; '.join(differ)}): use a new cache")
         if self.position.shape[0] != batch_size:
             raise ValueError(
-                f"`past_key_values` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
+                f"`cache` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
             )
         self._fetch()
 
@@ -186,7 +186,7 @@ class MCCacheLayer(CacheLayerMixin):
         """
         if value_states is not None:
             raise ValueError(
-                "a memory layer's cache was given keys and values of attention: `past_key_values` belongs to another "
+                "a memory layer's cache was given keys and values of attention: `cache` belongs to another "
                 "model, use a new cache"
             )
         if not self.is_initialized:

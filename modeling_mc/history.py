@@ -93,7 +93,7 @@ class History:
         total, room = int(layer.num_tokens) + num_tokens, layer.bound(num_tokens)
         if self.num_slots(total) > self.num_slots(room):
             raise ValueError(
-                f"`past_key_values` has room for the segments of {room} tokens (`max_cache_len`), and {total} would "
+                f"`cache` has room for the segments of {room} tokens (`max_cache_len`), and {total} would "
                 "be read: make a larger one"
             )
 

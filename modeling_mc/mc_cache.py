@@ -44,7 +44,7 @@ class MCCache(DynamicCache):
     Example:
         >>> config = MCConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
         >>> cache = MCCache(config)
-        >>> out = MCForCausalLM(config)(torch.ones(1, 600, dtype=torch.long), past_key_values=cache)
+        >>> out = MCForCausalLM(config)(torch.ones(1, 600, dtype=torch.long), cache=cache)
         >>> cache.get_seq_length(), cache.num_segments
         (600, 2)
     """

@@ -288,18 +288,18 @@ class MCMixer(nn.Module):
         self.memory(self._answers, table.compact(hidden_states), table, layer)
         layer.update(hidden_states)
 
-    def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, past_key_values=None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, cache=None) -> torch.Tensor:
         """`[B, T, hidden]` to `[B, T, hidden]`; the table says where the tokens stand, the cache what was before."""
         table, layer = segment_table, None
-        if past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
             layer.check(self.cache_signature, hidden_states.shape[0])
             if layer.record_past:
                 layer.remember(self, hidden_states, table.mask)
         x = table.compact(hidden_states)
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
-            past_key_values.update(x, None, self.layer_idx)
+            cache.update(x, None, self.layer_idx)
         gate = self._heads(self.g_proj(x)) if self.config.use_output_gate else None
         out = self.o_norm(out, gate)
         return table.expand(self.o_proj(out.flatten(-2)))

@@ -1,6 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """The Transformers model family: MCModel and its heads."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .attention import make_attention, make_rotary
 from .cache import memory_caching_mask, memory_layer
-from .compat import enter_lora_targets, enter_names
+from .compat import CACHE_NAME, cache_by_any_name, enter_lora_targets, enter_names, rename_cache
 from .context_parallel import active_shards, check_shards
 from .mc_cache import MCCache, ModelRef
 from .memories import MEMORIES
@@ -82,14 +83,14 @@ class MCDecoderLayer(GradientCheckpointingLayer):
         segment_table: SegmentTable | None = None,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         def mix(x: torch.Tensor) -> torch.Tensor:
             if self.layer_type == LAYER_TYPE:
-                return self.mixer(x, segment_table, past_key_values)
+                return self.mixer(x, segment_table, cache)
             window = self.window | kwargs
-            return self.self_attn(x, position_embeddings, attention_mask, past_key_values, **window)[0]
+            return self.self_attn(x, position_embeddings, attention_mask, cache, **window)[0]
 
         hidden_states = self._residual(self.input_layernorm, mix, hidden_states)
         if self.mlp is None:
@@ -113,7 +114,7 @@ class MCPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MCDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -194,6 +195,7 @@ class MCModel(MCPreTrainedModel):
         )
         return replace(table, shards=active_shards())
 
+    @cache_by_any_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -201,7 +203,7 @@ class MCModel(MCPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -214,13 +216,14 @@ class MCModel(MCPreTrainedModel):
             attention_mask: `[B, cached + T]`, or of the new tokens `[B, T]` in a model of memory layers only,
                 0 = padding anywhere; or a dict keyed by layer type.
             position_ids: `[B, T]`, read by attention layers only: memory layers count each row's real tokens.
-            past_key_values: an `MCCache` or `DynamicCache(config=config)`, filled in place.
+            cache: an `MCCache` or `DynamicCache(config=config)`, filled in place; `past_key_values` is its other name.
             use_cache: return a cache, a new `MCCache` if none is given; by default as the config says.
             kwargs: `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, borders of packed documents, as
                 `DataCollatorWithFlattening` makes them; `output_hidden_states`.
 
         Returns:
-            `last_hidden_state` `[B, T, hidden_size]`, and `past_key_values` if a cache is used.
+            `last_hidden_state` `[B, T, hidden_size]`, and `cache` if a cache is used (before Transformers 5.24:
+            `past_key_values`).
 
         Raises:
             ValueError: inputs that are missing, empty, of a wrong dtype or shape, or packed without borders.
@@ -228,40 +231,41 @@ class MCModel(MCPreTrainedModel):
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         packed = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
         is_packed = any(value is not None for value in packed.values())
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if checkpoints and (use_cache or cache is not None):
             logger.warning_once("Caching is incompatible with gradient checkpointing: the cache is not used.")
-            use_cache, past_key_values = False, None
+            use_cache, cache = False, None
         if active_shards() is not None:
-            absent = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
+            absent = {"attention_mask": attention_mask, "cache": cache, "use_cache": use_cache}
             check_shards(self.config, inputs_embeds.shape[1], **absent, **packed)
-        if use_cache and past_key_values is None and not is_packed:
-            past_key_values = MCCache(config=self.config)
-        if is_packed and past_key_values is not None:
+        if use_cache and cache is None and not is_packed:
+            cache = MCCache(config=self.config)
+        if is_packed and cache is not None:
             raise ValueError("packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache")
         if not is_packed:
             self._refuse_unmarked_packing(position_ids, attention_mask)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-        self._check_mask(attention_mask, inputs_embeds, past_key_values)
+        if cache is not None:
+            self._check_cache(cache)
+        self._check_mask(attention_mask, inputs_embeds, cache)
 
         masks = attention_mask if isinstance(attention_mask, dict) else None
         if masks is not None:
             mask = masks.get(LAYER_TYPE)
         else:
             mask = memory_caching_mask(self.config, inputs_embeds, attention_mask)
-        table = self._segment_table(inputs_embeds, mask, past_key_values, packed)
+        table = self._segment_table(inputs_embeds, mask, cache, packed)
         if is_packed and table is not None:  # attention tells documents apart by positions, and without a mask only
             position_ids = table.token_position() if position_ids is None else position_ids
             attention_mask = None
         if masks is None:
-            masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        if isinstance(past_key_values, MCCache) and not torch.compiler.is_compiling():
-            past_key_values.filled_by = ModelRef(self)
+            masks = self._attention_masks(inputs_embeds, attention_mask, cache, position_ids)
+        if isinstance(cache, MCCache) and not torch.compiler.is_compiling():
+            cache.filled_by = ModelRef(self)
         rope = None
         if self.has_attention:
             if position_ids is None:
                 steps = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-                position_ids = (steps + self._seen(past_key_values))[None]
+                position_ids = (steps + self._seen(cache))[None]
             rope = self.rotary_emb and self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
@@ -271,10 +275,10 @@ class MCModel(MCPreTrainedModel):
                 segment_table=table,
                 attention_mask=masks.get(kind),
                 position_embeddings=rope,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`[B, T, hidden]` of whichever is given."""
@@ -303,15 +307,15 @@ class MCModel(MCPreTrainedModel):
         first = next(i for i, layer in enumerate(self.layers) if isinstance(layer, MCDecoderLayer))
         return past.get_seq_length(first)
 
-    def _attention_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+    def _attention_masks(self, inputs_embeds, attention_mask, cache, position_ids) -> dict:
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             kind: make(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
             for kind, make in makers.items()
             if kind in self.config.layer_types
@@ -368,13 +372,14 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @cache_by_any_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -390,13 +395,13 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` `[B, T, vocab_size]` in the dtype of the weights, `loss` (a fp32 scalar) with `labels`,
-            `past_key_values` if a cache is used.
+            `cache` if a cache is used.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -409,21 +414,25 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **rename_cache(kwargs, CACHE_NAME))
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Refuses a cache that has read all of the prompt: Transformers would read the prompt into it once more."""
-        past, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        past, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         seen = 0 if past is None else int(past.get_seq_length())
         embeds = model_kwargs.get("inputs_embeds")
         given = (input_ids if embeds is None else embeds).shape[1]
         given = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[-1]
         if 0 < given <= seen:
             raise ValueError(
-                f"`past_key_values` has read {seen} tokens: `generate` needs `input_ids` of all of them and of at "
+                f"`cache` has read {seen} tokens: `generate` needs `input_ids` of all of them and of at "
                 f"least one more, got {given}"
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -431,10 +440,10 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
     def _assisted_decoding(self, *args, **kwargs):
         """Begins with an empty cache, since Transformers hands over the whole text at first. Afterwards the cache goes
         on without a record, which would keep the input of every later token."""
-        past = kwargs.get("past_key_values")
+        past = kwargs.get(CACHE_NAME)
         if past is not None and int(past.get_seq_length()):
             raise ValueError(
-                "`prompt_lookup_num_tokens` and `assistant_model` cannot go on from `past_key_values` that have read "
+                "`prompt_lookup_num_tokens` and `assistant_model` cannot go on from `cache` that have read "
                 "something: leave them out, or begin with an empty cache"
             )
         try:

@@ -7,6 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from helpers import MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM, MCForSequenceClassification
 from mc_transformers.configuration_mc import CHOICES, POSITIVE
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 SIZE = SMALL["segment_size"]
@@ -192,7 +193,7 @@ def test_short_sequences(fields):
         for length in (1, 2, SIZE - 1):
             out = model(ids[:, :length], use_cache=True)
             assert_close(out.logits, whole[:, :length])
-            rest = model(ids[:, length:], past_key_values=out.past_key_values).logits
+            rest = model(ids[:, length:], cache=out[CACHE_NAME]).logits
             assert_close(rest, whole[:, length:])
 
 
@@ -210,9 +211,7 @@ def test_a_row_of_padding_only(memory):
         for row in (0, 2):
             assert_close(out.logits[row], model(ids[row : row + 1]).logits[0])
     with torch.no_grad():
-        later = model(
-            more, attention_mask=torch.cat([mask, torch.ones_like(more)], 1), past_key_values=out.past_key_values
-        )
+        later = model(more, attention_mask=torch.cat([mask, torch.ones_like(more)], 1), cache=out[CACHE_NAME])
         assert_close(later.logits[1], model(more[1:2]).logits[0])
     model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -226,9 +225,9 @@ def test_wrong_mask_shapes(model, shape):
 
 def test_a_mask_that_covers_neither_all_nor_the_new_tokens(model):
     cache = MCCache(config=model.config)
-    model(tokens(2, 9), past_key_values=cache)
+    model(tokens(2, 9), cache=cache)
     with pytest.raises(ValueError, match="attention_mask"):
-        model(tokens(2, 3), attention_mask=torch.ones(2, 2), past_key_values=cache)
+        model(tokens(2, 3), attention_mask=torch.ones(2, 2), cache=cache)
 
 
 # ------------------------------------------------------------------------------------------------------------ packing
@@ -243,11 +242,11 @@ def test_packed_with_a_cache_or_several_rows(model):
     with pytest.raises(ValueError, match="batch of one row"):
         model(tokens(2, 5), cu_seq_lens_q=borders)
     cache = MCCache(config=model.config)
-    model(tokens(1, 5), past_key_values=cache)
+    model(tokens(1, 5), cache=cache)
     with pytest.raises(ValueError, match="no cache"):
-        model(tokens(1, 5), cu_seq_lens_q=borders, past_key_values=cache)
+        model(tokens(1, 5), cu_seq_lens_q=borders, cache=cache)
     with pytest.raises(ValueError, match="no cache"):
-        model(tokens(1, 5), cu_seq_lens_q=borders, past_key_values=MCCache(config=model.config))
+        model(tokens(1, 5), cu_seq_lens_q=borders, cache=MCCache(config=model.config))
     with pytest.raises(ValueError, match="seq_idx"):
         model(tokens(2, 5), seq_idx=torch.zeros(2, 5, dtype=torch.long))
 
@@ -297,14 +296,14 @@ def test_what_is_no_cache_of_this_model(make, first):
     """Nothing in it, no cache at all, fewer layers than the model has."""
     model = build(small_config(num_hidden_layers=2, layer_types=[first, "memory_caching"]))
     for mask in (None, torch.ones(1, 5)):
-        with pytest.raises(ValueError, match=r"`past_key_values` \(\w+\) holds nothing for memory layer"):
-            model(tokens(1, 5), attention_mask=mask, past_key_values=make())
+        with pytest.raises(ValueError, match=r"`cache` \(\w+\) holds nothing for memory layer"):
+            model(tokens(1, 5), attention_mask=mask, cache=make())
 
 
 def test_attention_does_not_write_into_a_memory():
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match="belongs to another model"):
-        llama(tokens(1, 5), past_key_values=MCCache(small_config()))
+        llama(tokens(1, 5), **{CACHE_NAME: MCCache(small_config())})
 
 
 def test_classification_of_a_batch_needs_a_padding_token():

@@ -17,6 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 import mc_transformers as mc
 from helpers import MEMORY_NAMES, build, small_config, tokens
 from mc_transformers.conversion import bundle, card, cli, figure, flat, info
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from text_data import byte_tokenizer
 
 
@@ -127,12 +128,12 @@ def test_bundle_and_plugin_in_one_process(memory, tmp_path, monkeypatch):
     for model in (ours, theirs, ours):
         caches = [mc.MCCache(config=ours.config), None]
         for cache in caches if model is ours else [None]:
-            generated = model.generate(ids, past_key_values=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            generated = model.generate(ids, cache=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
             assert generated.shape == (2, 26)
             assert cache is None or (cache.nbytes > 0 and cache.num_segments > 0)
         for options in ({}, {"cache_implementation": "static"}):  # each reads through its own code
             options |= {"max_new_tokens": 2, "disable_compile": True, "return_dict_in_generate": True}
-            layers = model.generate(ids, **options).past_key_values.layers
+            layers = model.generate(ids, **options)[CACHE_NAME].layers
             assert {type(layer).__module__.split(".")[0] for layer in layers} == {type(model).__module__.split(".")[0]}
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mc_transformers as mc
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from recall import RecallConfig, draw_test
 
 
@@ -28,7 +29,7 @@ def test_it_is_small_and_says_how_it_was_made(folder):
 def test_it_generates_with_a_cache(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     out = model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, return_dict_in_generate=True)
-    assert out.past_key_values.get_seq_length() == 4
+    assert out[CACHE_NAME].get_seq_length() == 4
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def test_recall_answers_at_four_times_the_training_segments():
     for entry, times in zip(made_with["results"], (1, 4), strict=True):
         ids, labels = (x[:64] for x in draw_test(config, times * config.seq_len))
         cache = mc.MCCache(config=model.config)
-        logits = model(ids, past_key_values=cache).logits
+        logits = model(ids, cache=cache).logits
         assert cache.num_segments == times * config.seq_len // config.segment_size
         right = (logits.argmax(-1) == labels)[labels != -100].float().mean().item()
         assert right == pytest.approx(entry["value"], abs=0.03) and right > 0.9

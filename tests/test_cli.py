@@ -72,7 +72,7 @@ def test_cache_size_is_what_a_run_leaves(fields):
     for length in (5, 3 * config.segment_size, 5 * config.segment_size + 3):
         cache = MCCache(config=config)
         with torch.no_grad():
-            build(config)(tokens(1, length), past_key_values=cache)
+            build(config)(tokens(1, length), cache=cache)
         assert info.cache_bytes(config, length) == cache.nbytes
 
 

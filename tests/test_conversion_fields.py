@@ -5,6 +5,7 @@ import torch
 
 from helpers import assert_close, build, small_config, tokens
 from mc_transformers import MCConfig, MCForCausalLM
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 HYBRID = {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2, "memory": "gated_delta"}
@@ -48,7 +49,7 @@ def test_pieces_padding_and_decoding(kind, aggregation):
     model, ids = model_of(kind, aggregation), tokens(2, 29)
     whole = model(ids).logits
     first = model(ids[:, :11], use_cache=True)
-    assert_close(model(ids[:, 11:], past_key_values=first.past_key_values).logits, whole[:, 11:])
+    assert_close(model(ids[:, 11:], cache=first[CACHE_NAME]).logits, whole[:, 11:])
     padded = torch.cat([ids[:, :5], ids], 1)
     mask = torch.ones_like(padded)
     mask[:, :5] = 0

@@ -13,6 +13,7 @@ from mc_transformers import MCConfig, MCForCausalLM
 from mc_transformers.kernels import deep_read as reads
 from mc_transformers.kernels import deep_write as writes
 from mc_transformers.kernels import segment_read
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.memories import MEMORIES, deep
 from mc_transformers.modeling_mc.segments import SegmentTable
 
@@ -424,7 +425,7 @@ def test_half_precision(rule):
     for backend in ("torch", "reference"):
         model.config.mc_backend = backend
         with torch.autocast("cpu", torch.bfloat16):
-            cache = model(ids, use_cache=True).past_key_values
+            cache = model(ids, use_cache=True)[CACHE_NAME]
         states.append([*cache.layers[0].group("state")[:2], *cache.layers[0].group("kept")])
     for parallel, one_by_one in zip(*states, strict=True):
         assert parallel.dtype == one_by_one.dtype == torch.float32

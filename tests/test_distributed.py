@@ -63,6 +63,6 @@ def test_the_cache_stays_on_each_layers_device():
     cache, ids = MCCache(config=model.config), tokens(2, 19)
     with torch.no_grad():
         for start, stop in ((0, 17), (17, 18), (18, 19)):
-            assert model(ids[:, start:stop], past_key_values=cache).logits.device.type == "meta"
+            assert model(ids[:, start:stop], cache=cache).logits.device.type == "meta"
     for layer, device in zip(cache.layers, ("cpu", "meta"), strict=True):
         assert {tensor.device.type for tensor in layer.tensors.values()} == {device}

@@ -48,7 +48,7 @@ def in_pieces(model, ids: torch.Tensor, borders: Sequence[int], mask: torch.Tens
     with torch.no_grad():
         for start, stop in zip([0, *borders], [*borders, ids.shape[1]], strict=True):
             covered = None if mask is None else mask[:, :stop]
-            out.append(model(ids[:, start:stop], attention_mask=covered, past_key_values=cache).logits)
+            out.append(model(ids[:, start:stop], attention_mask=covered, cache=cache).logits)
     return torch.cat(out, 1)
 
 

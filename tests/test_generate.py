@@ -8,8 +8,16 @@ import torch
 from transformers import DynamicCache, set_seed
 
 from helpers import VOCAB, assert_close, build, family, name_of, small_config, tokens
-from mc_transformers import MCCache, MCCacheLayer
+from mc_transformers import (
+    MCCache,
+    MCCacheLayer,
+    MCForCausalLM,
+    MCForQuestionAnswering,
+    MCForSequenceClassification,
+    MCForTokenClassification,
+)
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 SIZE = 4
@@ -119,7 +127,7 @@ def test_inputs_embeds(linear):
 def test_a_dynamic_cache_of_the_config_will_do(linear):
     ids = tokens(2, PROMPT)
     cache = DynamicCache(config=linear.config)
-    assert torch.equal(generate(linear, ids, past_key_values=cache), generate(linear, ids))
+    assert torch.equal(generate(linear, ids, cache=cache), generate(linear, ids))
     assert all(isinstance(layer, MCCacheLayer) for layer in cache.layers)
     assert cache.get_seq_length() == PROMPT + NEW - 1
 
@@ -129,10 +137,34 @@ def test_conversation_goes_on_from_a_returned_cache(model, ends):
     """Prompt, answer, more tokens, answer: the second call reads only what is new."""
     ids = tokens(2, ends)
     first = generate(model, ids, return_dict_in_generate=True)
-    assert isinstance(first.past_key_values.layers[0], MCCacheLayer)
+    assert isinstance(first[CACHE_NAME].layers[0], MCCacheLayer)
     longer = torch.cat([first.sequences, tokens(2, 7, seed=5)], 1)
-    again = generate(model, longer, past_key_values=first.past_key_values)
+    again = generate(model, longer, cache=first[CACHE_NAME])
     assert torch.equal(again, generate(model, longer, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_two_names(linear, name):
+    """That of Transformers since 5.24 and the one before it, in every version."""
+    ids = tokens(1, PROMPT)
+    cache = MCCache(config=linear.config)
+    assert torch.equal(generate(linear, ids, **{name: cache}), generate(linear, ids))
+    assert cache.get_seq_length() == PROMPT + NEW - 1
+    for head in (MCForCausalLM, MCForSequenceClassification, MCForTokenClassification, MCForQuestionAnswering):
+        model = head(linear.config).eval()
+        cache = MCCache(config=model.config)
+        with torch.no_grad():
+            model(ids, **{name: cache})
+            assert cache.get_seq_length() == PROMPT
+            assert model.model(ids[:, :3], **{name: cache})[CACHE_NAME] is cache
+        assert cache.get_seq_length() == PROMPT + 3
+
+
+def test_two_caches_are_refused(linear):
+    caches = {name: MCCache(config=linear.config) for name in ("cache", "past_key_values")}
+    for call in (linear, linear.model, linear.generate):
+        with pytest.raises(ValueError, match="two names of one argument"):
+            call(tokens(1, PROMPT), **caches)
 
 
 def test_a_cache_that_has_read_the_whole_prompt_is_refused(linear):
@@ -140,12 +172,12 @@ def test_a_cache_that_has_read_the_whole_prompt_is_refused(linear):
     ids = tokens(1, PROMPT)
     cache = MCCache(config=linear.config)
     with torch.no_grad():
-        linear(ids, past_key_values=cache)
+        linear(ids, cache=cache)
     for options in ({}, {"prefill_chunk_size": 3}, {"attention_mask": torch.ones_like(ids)}):
         with pytest.raises(ValueError, match="at least one more"):
-            generate(linear, ids, past_key_values=cache, **options)
+            generate(linear, ids, cache=cache, **options)
     with pytest.raises(ValueError, match="at least one more"):
-        generate(linear, ids[:, -2:], past_key_values=cache)  # only what is new
+        generate(linear, ids[:, -2:], cache=cache)  # only what is new
     assert cache.get_seq_length() == PROMPT
 
 
@@ -154,10 +186,10 @@ def test_a_prompt_cache_serves_several_answers(linear):
     prompt, questions = tokens(1, PROMPT), tokens(3, 5, seed=8)
     cache = MCCache(config=linear.config)
     with torch.no_grad():
-        linear(prompt, past_key_values=cache)
+        linear(prompt, cache=cache)
     cache.batch_repeat_interleave(3)
     ids = torch.cat([prompt.expand(3, -1), questions], 1)
-    assert torch.equal(generate(linear, ids, past_key_values=cache), generate(linear, ids, use_cache=False))
+    assert torch.equal(generate(linear, ids, cache=cache), generate(linear, ids, use_cache=False))
 
 
 def test_hybrid():
@@ -174,7 +206,7 @@ def test_hybrid():
 def feed(model, length: int, rows: int = 1) -> MCCache:
     cache = MCCache(config=model.config)
     with torch.no_grad():
-        model(tokens(rows, length), past_key_values=cache)
+        model(tokens(rows, length), cache=cache)
     return cache
 
 
@@ -198,7 +230,7 @@ def test_num_segments_and_nbytes(linear, one_by_one):
     cache = MCCache(config=linear.config)
     with torch.no_grad():
         for piece in tokens(2, 3 * SIZE + 1).split(1 if one_by_one else 100, dim=1):
-            linear(piece, past_key_values=cache)
+            linear(piece, cache=cache)
     assert cache.get_seq_length() == 3 * SIZE + 1
     assert cache.num_segments == (3 if linear.config.segmentation == "constant" else 2)  # 3 = 2 + 1
     held = sum(t.nbytes for layer in cache.layers for t in layer.tensors.values())
@@ -220,15 +252,15 @@ def test_reset_select_and_repeat(linear):
         expected = linear(torch.cat([ids, more], 1), use_cache=False).logits[:, PROMPT:]
         cache = feed_ids(linear, ids)
         cache.batch_select_indices(torch.tensor([2, 0]))
-        assert_close(linear(more[[2, 0]], past_key_values=cache).logits, expected[[2, 0]], 1e-10)
+        assert_close(linear(more[[2, 0]], cache=cache).logits, expected[[2, 0]], 1e-10)
         cache = feed_ids(linear, ids)
         cache.batch_repeat_interleave(2)
         assert_close(
-            linear(more.repeat_interleave(2, 0), past_key_values=cache).logits, expected.repeat_interleave(2, 0), 1e-10
+            linear(more.repeat_interleave(2, 0), cache=cache).logits, expected.repeat_interleave(2, 0), 1e-10
         )
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
-        whole = linear(torch.cat([ids, more], 1), past_key_values=cache).logits[:, PROMPT:]
+        whole = linear(torch.cat([ids, more], 1), cache=cache).logits[:, PROMPT:]
         assert_close(whole, expected, 1e-10)
 
 
@@ -239,14 +271,14 @@ def test_a_copy_goes_on_by_itself(linear, duplicate, tmp_path):
         expected = linear(torch.cat([ids, more], 1), use_cache=False).logits[:, PROMPT:]
         cache = feed_ids(linear, ids)
         other = duplicate(cache)
-        linear(tokens(2, 9, seed=7), past_key_values=cache)
-        assert_close(linear(more, past_key_values=other).logits, expected, 1e-10)
+        linear(tokens(2, 9, seed=7), cache=cache)
+        assert_close(linear(more, cache=other).logits, expected, 1e-10)
     other.save_pretrained(tmp_path)
 
 
 def feed_ids(model, ids) -> MCCache:
     cache = MCCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     return cache
 
 
@@ -270,15 +302,15 @@ def test_the_cache_of_another_model_is_refused(linear, field):
     cache = feed(linear, PROMPT)
     other = model_of(**{"aggregation": "ssc", "segmentation": linear.config.segmentation} | OTHERS[field])
     with pytest.raises(ValueError, match=f"another model.*{field}"):
-        other(tokens(1, 3), past_key_values=cache)
+        other(tokens(1, 3), cache=cache)
 
 
 def test_the_cache_of_another_batch_is_refused(linear):
     cache = feed(linear, PROMPT, rows=2)
     with pytest.raises(ValueError, match="2 rows.* 3"):
-        linear(tokens(3, 1), past_key_values=cache)
+        linear(tokens(3, 1), cache=cache)
     with pytest.raises(ValueError, match="2 rows.* 1"):
-        generate(linear, tokens(1, PROMPT + 3), past_key_values=cache)
+        generate(linear, tokens(1, PROMPT + 3), cache=cache)
 
 
 def test_end_of_text_stops_a_row(linear):

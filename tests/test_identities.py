@@ -14,6 +14,7 @@ from helpers import (
     tokens,
 )
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 SIZE = 8
@@ -38,7 +39,7 @@ class Answers:
         mixer._project = remember
         handle = mixer.o_norm.register_forward_pre_hook(lambda module, args: setattr(self, "values", args[0]))
         with torch.no_grad():
-            self.cache = self.model(ids, use_cache=True).past_key_values
+            self.cache = self.model(ids, use_cache=True)[CACHE_NAME]
         handle.remove()
 
 

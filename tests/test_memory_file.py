@@ -21,6 +21,7 @@ from helpers import (
 from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc import mc_cache
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.memory_file import FILE
 
 
@@ -45,7 +46,7 @@ def test_bounded_cache_is_the_same_in_one_pass_in_pieces_and_token_by_token(fiel
         cache, out, done = MCCache(config=model.config), [], 0
         for piece in ids.split(pieces, 1):
             done += piece.shape[1]
-            out.append(model(piece, attention_mask=mask[:, :done], past_key_values=cache).logits)
+            out.append(model(piece, attention_mask=mask[:, :done], cache=cache).logits)
         assert_close(torch.cat(out, 1) * mask[..., None], expected, 1e-10, str(pieces[:3]))
         assert cache.num_segments == 3 and cache.layers[0].tensors["kept.0"].shape[1] == 3
 
@@ -64,9 +65,9 @@ def test_who_leaves_a_full_cache() -> None:
         mixer.q_proj.weight.mul_(3)
         cache = MCCache(config=model.config)
         same, other = torch.full((1, 4), 7), torch.full((1, 4), 9)
-        first = model(same, past_key_values=cache).past_key_values.layers[0].tensors["kept.0"][:, 0].clone()
+        first = model(same, cache=cache)[CACHE_NAME].layers[0].tensors["kept.0"][:, 0].clone()
         for piece in (other, same, same, same):
-            model(piece, past_key_values=cache)
+            model(piece, cache=cache)
         stack = cache.layers[0].tensors["kept.0"]
         kept[who] = any(torch.equal(stack[:, i], first) for i in range(2))
     # with these tokens all segments of `same` have the same state, so one of them must be there in both cases
@@ -88,12 +89,12 @@ def test_offloaded_states_are_exact_and_quantised_ones_close(memory: str) -> Non
         "int8": {"state_dtype": torch.int8},
     }.items():
         cache = MCCache(config=model.config, **options)
-        model(ids[:, :30], past_key_values=cache)
-        out = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 45)]
+        model(ids[:, :30], cache=cache)
+        out = [model(ids[:, t : t + 1], cache=cache).logits for t in range(30, 45)]
         errors[name] = relative_error(torch.cat(out, 1), full)
         errors[name + " bytes"] = cache.nbytes
     plain = MCCache(config=model.config)
-    model(ids, past_key_values=plain)
+    model(ids, cache=plain)
     assert errors["offload"] < 1e-4 < errors["int8"] < 0.2 and errors["bf16"] < 0.1
     assert errors["int8 bytes"] < errors["bf16 bytes"] < plain.nbytes
 
@@ -105,7 +106,7 @@ def test_offloaded_layers_come_back_when_they_are_needed() -> None:
     with FakeTensorMode(), torch.device("meta"):
         model = MCForCausalLM(small_config(num_hidden_layers=2))
         cache, ids = MCCache(config=model.config), torch.zeros(2, 20, dtype=torch.int64)
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
 
         def offload() -> None:
             for layer in cache.layers:
@@ -116,7 +117,7 @@ def test_offloaded_layers_come_back_when_they_are_needed() -> None:
         offload()
         for layer in cache.layers:
             layer.activate_past_recording()
-        model(ids[:, :3], past_key_values=cache)
+        model(ids[:, :3], cache=cache)
         offload()
         for layer in cache.layers:
             layer.crop(-2)
@@ -141,12 +142,12 @@ def test_memory_file_round_trip_is_bit_equal(fields: dict, tmp_path) -> None:
     model = build(small_config(**fields))
     ids = tokens(2, 37)
     cache = MCCache(config=model.config)
-    model(ids[:, :21], past_key_values=cache)
+    model(ids[:, :21], cache=cache)
     cache.save_pretrained(tmp_path / "memory")
     loaded = MCCache.from_pretrained(tmp_path / "memory", model)
     assert loaded.num_segments == cache.num_segments and loaded.nbytes == cache.nbytes
-    again = model(ids[:, 21:], past_key_values=loaded).logits
-    assert torch.equal(again, model(ids[:, 21:], past_key_values=cache).logits)
+    again = model(ids[:, 21:], cache=loaded).logits
+    assert torch.equal(again, model(ids[:, 21:], cache=cache).logits)
     assert os.listdir(tmp_path / "memory") == [FILE]
 
 
@@ -155,19 +156,19 @@ def test_memory_file_of_a_quantised_cache(tmp_path) -> None:
     model = build(small_config())
     cache = MCCache(config=model.config, state_dtype=torch.int8)
     ids = tokens(1, 30)
-    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, :20], cache=cache)
     cache.save_pretrained(tmp_path)
     loaded = MCCache.from_pretrained(tmp_path, model)
     assert loaded.nbytes == cache.nbytes
     assert torch.equal(
-        model(ids[:, 20:], past_key_values=loaded).logits, model(ids[:, 20:], past_key_values=cache).logits
+        model(ids[:, 20:], cache=loaded).logits, model(ids[:, 20:], cache=cache).logits
     )
 
 
 @torch.no_grad()
 def test_memory_file_refuses_other_models_and_broken_files(tmp_path) -> None:
     model = build(small_config())
-    model(tokens(1, 20), past_key_values=(cache := MCCache(config=model.config)))
+    model(tokens(1, 20), cache=(cache := MCCache(config=model.config)))
     cache.save_pretrained(tmp_path)
     for other in (build(small_config(), seed=3), build(small_config(segment_size=4)), build(small_config("swla"))):
         with pytest.raises(ValueError, match="another model"):
@@ -186,7 +187,7 @@ def test_memory_file_refuses_other_models_and_broken_files(tmp_path) -> None:
 @torch.no_grad()
 def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     model = build(small_config())
-    model(tokens(1, 20), past_key_values=(cache := MCCache(config=model.config)))
+    model(tokens(1, 20), cache=(cache := MCCache(config=model.config)))
     cache.save_pretrained(tmp_path)
     before = (tmp_path / FILE).read_bytes()
 
@@ -206,7 +207,7 @@ def test_memory_file_is_read_by_another_process(tmp_path) -> None:
     ids = tokens(1, 30)
     cache = MCCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :25], past_key_values=cache)
+        model(ids[:, :25], cache=cache)
         expected = model(ids).logits[:, 25:]
     # the tokens after the 25th went only into `expected`
     cache.save_pretrained(tmp_path / "memory")
@@ -218,8 +219,8 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/model").eval()
 cache = mc_transformers.MCCache.from_pretrained(sys.argv[1] + "/memory", model)
 ids, expected = torch.load(sys.argv[1] + "/expected.pt")
 with torch.no_grad():
-    error = (model(ids[:, 25:], past_key_values=cache).logits - expected).abs().max().item()
-    text = model.generate(ids, past_key_values=mc_transformers.MCCache.from_pretrained(sys.argv[1] + "/memory", model),
+    error = (model(ids[:, 25:], cache=cache).logits - expected).abs().max().item()
+    text = model.generate(ids, cache=mc_transformers.MCCache.from_pretrained(sys.argv[1] + "/memory", model),
                           max_new_tokens=4, do_sample=False)
 assert error < 1e-4 and text.shape[1] == 34, (error, text.shape)
 """
@@ -234,10 +235,10 @@ def test_joined_memories_are_exact_in_one_layer(fields: dict) -> None:
     ids = tokens(1, 37)
     caches = [MCCache(config=model.config) for _ in range(2)]
     for piece, cache in zip(ids[:, :30].split([16, 14], 1), caches, strict=True):
-        model(piece, past_key_values=cache)
+        model(piece, cache=cache)
     joined = MCCache.cat(caches, model)
     assert joined.num_segments == 3 and joined.get_seq_length() == 30
-    assert_close(model(ids[:, 30:], past_key_values=joined).logits, model(ids).logits[:, 30:])
+    assert_close(model(ids[:, 30:], cache=joined).logits, model(ids).logits[:, 30:])
 
 
 @torch.no_grad()
@@ -247,9 +248,9 @@ def test_joined_memories_of_quantised_caches() -> None:
     ids = tokens(1, 37)
     caches = [MCCache(config=model.config, state_dtype=torch.int8) for _ in range(2)]
     for piece, cache in zip(ids[:, :30].split([16, 14], 1), caches, strict=True):
-        model(piece, past_key_values=cache)
+        model(piece, cache=cache)
     joined = MCCache.cat(caches, model)
-    assert_close(model(ids[:, 30:], past_key_values=joined).logits, model(ids).logits[:, 30:], 0.1)
+    assert_close(model(ids[:, 30:], cache=joined).logits, model(ids).logits[:, 30:], 0.1)
 
 
 @torch.no_grad()
@@ -277,19 +278,19 @@ def test_joined_memories_count_an_unfinished_document_as_a_segment() -> None:
     caches = [MCCache(config=model.config) for _ in range(2)]
     pieces = tokens(1, 25).split([11, 14], 1)
     for piece, cache in zip(pieces, caches, strict=True):
-        model(piece, past_key_values=cache)
+        model(piece, cache=cache)
     joined = MCCache.cat(caches, model)
     assert joined.num_segments == 3  # 8 + 3 tokens, then 8, and 6 in the running segment
     kept = joined.layers[0].tensors["kept.0"]
     assert torch.equal(kept[:, 1], caches[0].layers[0].tensors["state.0"][:, 0])
-    model(tokens(1, 9, seed=4), past_key_values=joined)
+    model(tokens(1, 9, seed=4), cache=joined)
     assert joined.num_segments == 4
 
 
 def filled(model) -> MCCache:
     cache = MCCache(config=model.config)
     with torch.no_grad():
-        model(tokens(1, 19), past_key_values=cache)
+        model(tokens(1, 19), cache=cache)
     return cache
 
 
@@ -308,7 +309,7 @@ def test_a_model_that_was_refused_does_not_own_the_memory(tmp_path) -> None:
     model, other = build(small_config()), build(small_config("swla"))
     cache = filled(model)
     with pytest.raises(ValueError, match="another model"):
-        other(tokens(1, 3), past_key_values=cache)
+        other(tokens(1, 3), cache=cache)
     cache.save_pretrained(tmp_path)
     MCCache.from_pretrained(tmp_path, model)
 

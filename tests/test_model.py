@@ -25,6 +25,7 @@ from mc_transformers import (
     MCModel,
 )
 from mc_transformers.configuration_mc import CHOICES, PRESETS
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 HEADS = {
@@ -168,7 +169,7 @@ def test_outputs_of_all_kinds():
     with torch.no_grad():
         full = model(ids, output_hidden_states=True, use_cache=False)
         assert len(full.hidden_states) == 3 and full.hidden_states[0].shape == (2, 11, 24)
-        assert full.past_key_values is None
+        assert full.get(CACHE_NAME) is None
         assert torch.equal(model(ids, logits_to_keep=3).logits, full.logits[:, -3:])
         picked = torch.tensor([0, 4])
         assert torch.equal(model(ids, logits_to_keep=picked).logits, full.logits[:, picked])
@@ -176,7 +177,7 @@ def test_outputs_of_all_kinds():
         assert torch.equal(logits, full.logits) and cache.get_seq_length() == 11
         embeds = model.get_input_embeddings()(ids)
         assert torch.equal(model(inputs_embeds=embeds).logits, full.logits)
-        assert model(ids, use_cache=True).past_key_values.get_seq_length() == 11
+        assert model(ids, use_cache=True)[CACHE_NAME].get_seq_length() == 11
         by_type = model(ids, attention_mask={"memory_caching": torch.ones(2, 11)}, use_cache=False)
         assert_close(by_type.logits, full.logits, 1e-6)
 
@@ -259,5 +260,5 @@ def test_attention_of_hybrids(kind):
         full, sliding = (weights[0].abs().sum(0) > 0 for weights in out.attentions)
         assert torch.equal(full, torch.ones(13, 13).tril().bool())
         assert torch.equal(sliding, full & ~torch.ones(13, 13).tril(-4).bool())
-        cache = model(ids[:, :7], use_cache=True).past_key_values
-        assert_close(model(ids[:, 7:8], past_key_values=cache).logits, out.logits[:, 7:8])
+        cache = model(ids[:, :7], use_cache=True)[CACHE_NAME]
+        assert_close(model(ids[:, 7:8], cache=cache).logits, out.logits[:, 7:8])

@@ -149,7 +149,7 @@ import torch
 config = mc_transformers.MCConfig(vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                   num_attention_heads=2, head_dim=8, segment_size=4)
 model = AutoModelForCausalLM.from_config(config).eval()
-logits = model(torch.arange(10)[None], past_key_values=DynamicCache(config=config)).logits
+logits = model(torch.arange(10)[None], cache=DynamicCache(config=config)).logits
 assert logits.isfinite().all()
 print(json.dumps(sorted({{name for importer, name in importers if importer.startswith("mc_transformers")}})))
 """

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import MCCache
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
 KINDS = combinations(memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"], aggregation=["grm", "ssc"])
@@ -43,17 +44,17 @@ def test_crop_leaves_no_trace(fields: dict) -> None:
     for before, recorded, removed in [(20, 7, 3), (20, 7, 7), (15, 6, 5), (16, 1, 1), (0, 20, 13)]:
         cache = MCCache(config=model.config)
         if before:
-            model(ids[:, :before], past_key_values=cache)
+            model(ids[:, :before], cache=cache)
         cache.activate_past_recording()
         draft = ids[:, before : before + recorded].clone()
         kept = recorded - removed
         draft[:, kept:] = (draft[:, kept:] + 5) % 60
-        model(draft[:, :1], past_key_values=cache)
+        model(draft[:, :1], cache=cache)
         if recorded > 1:
-            model(draft[:, 1:], past_key_values=cache)
+            model(draft[:, 1:], cache=cache)
         cache.crop(-removed)
         assert cache.get_seq_length() == before + kept
-        rest = model(ids[:, before + kept :], past_key_values=cache).logits
+        rest = model(ids[:, before + kept :], cache=cache).logits
         assert_close(rest, full[:, before + kept :], what=f"{before}, {recorded} - {removed}")
 
 
@@ -70,10 +71,10 @@ def test_crop_of_padded_rows_and_repeated_rounds() -> None:
         draft = ids[:, done : done + size].clone()
         draft[:, 3:] = (draft[:, 3:] + 7) % 60
         seen = torch.cat([mask[:, : done + 3], torch.ones(2, size - 3, dtype=torch.long)], 1)
-        model(draft, attention_mask=seen, past_key_values=cache)
+        model(draft, attention_mask=seen, cache=cache)
         cache.crop(-(size - 3))
         done += 3
-    rest = model(ids[:, done:], attention_mask=mask, past_key_values=cache).logits
+    rest = model(ids[:, done:], attention_mask=mask, cache=cache).logits
     assert_close(rest, full[:, done:])
 
 
@@ -85,21 +86,21 @@ def test_a_record_costs_one_copy_of_what_is_kept(fields: dict) -> None:
     ids = tokens(2, 40)
     full = model(ids).logits
     cache = MCCache(config=model.config)
-    model(ids[:, :20], past_key_values=cache)
+    model(ids[:, :20], cache=cache)
     cache.activate_past_recording()
     kept = []
     for t in range(20, 36):
-        model((ids[:, t : t + 1] + 5) % 60, past_key_values=cache)
+        model((ids[:, t : t + 1] + 5) % 60, cache=cache)
         kept.append(cache.layers[0].tensors["kept.0"])
     assert len({id(stack) for stack in kept}) < len(kept) // 2
     cache.crop(-16)
-    assert_close(model(ids[:, 20:], past_key_values=cache).logits, full[:, 20:], what="after the crop")
+    assert_close(model(ids[:, 20:], cache=cache).logits, full[:, 20:], what="after the crop")
 
 
 @torch.no_grad()
 def test_crop_without_a_record_is_refused() -> None:
     model = build(small_config())
-    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    cache = model(tokens(1, 9), use_cache=True)[CACHE_NAME]
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
 
@@ -126,11 +127,11 @@ def test_speculative_decoding_begins_with_an_empty_cache() -> None:
     ids, cache = tokens(1, 21), MCCache(config=model.config)
     for option in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
         with torch.no_grad():
-            model(ids[:, :15], past_key_values=cache)
+            model(ids[:, :15], cache=cache)
         with pytest.raises(ValueError, match="empty cache"):
-            model.generate(ids, past_key_values=cache, max_new_tokens=4, **option)
+            model.generate(ids, cache=cache, max_new_tokens=4, **option)
         cache.reset()
-        model.generate(ids, past_key_values=cache, max_new_tokens=4, **option)
+        model.generate(ids, cache=cache, max_new_tokens=4, **option)
         cache.reset()
 
 
@@ -139,8 +140,8 @@ def test_nothing_is_recorded_after_speculative_decoding() -> None:
     model = build(small_config())
     options = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
     out = model.generate(tokens(1, 21), **options, prompt_lookup_num_tokens=4)
-    model.generate(out.sequences, **options, past_key_values=out.past_key_values)
-    assert not any(layer.record_past or layer.recorded for layer in out.past_key_values.layers)
+    model.generate(out.sequences, **options, cache=out[CACHE_NAME])
+    assert not any(layer.record_past or layer.recorded for layer in out[CACHE_NAME].layers)
 
 
 @pytest.mark.skipif(IS_OLD, reason="5.16 at least takes early drafts back without having asked to record")
@@ -174,13 +175,13 @@ def test_compiled_decoding_never_recompiles(fields: dict) -> None:
     ids = tokens(1, 37)
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=40)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     addresses = {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
                  for name, t in layer.tensors.items()}  # fmt: skip
     counter = CompileCounter()
     step = torch.compile(model, backend=counter, fullgraph=True)
     out = [
-        step(ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 37)
+        step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 37)
     ]
     assert counter.frame_count == 1
     assert addresses == {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
@@ -208,16 +209,16 @@ def test_static_cache_can_be_reset_and_cropped(fields: dict) -> None:
     ids = tokens(2, 30)
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=32)
-    model(tokens(2, 19, seed=5), past_key_values=cache)
+    model(tokens(2, 19, seed=5), cache=cache)
     before = addresses(cache)
     cache.reset()
     assert int(cache.get_seq_length()) == 0
-    assert_close(model(ids[:, :15], past_key_values=cache).logits, full[:, :15])
+    assert_close(model(ids[:, :15], cache=cache).logits, full[:, :15])
     assert addresses(cache) == before
     cache.activate_past_recording()
-    model((ids[:, 15:22] + 3) % 60, past_key_values=cache)
+    model((ids[:, 15:22] + 3) % 60, cache=cache)
     cache.crop(-7)
-    assert_close(model(ids[:, 15:], past_key_values=cache).logits, full[:, 15:])
+    assert_close(model(ids[:, 15:], cache=cache).logits, full[:, 15:])
 
 
 @pytest.mark.parametrize("fields, end", ENDS, ids=str)
@@ -227,12 +228,12 @@ def test_static_cache_beyond_its_length(fields: dict, end: int) -> None:
     model = build(small_config(**fields))
     ids = tokens(1, 50)
     full, cache = model(ids).logits, StaticCache(config=model.config, max_cache_len=20)
-    out = [model(ids[:, :15], past_key_values=cache).logits]
-    out += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(15, end - 1)]
+    out = [model(ids[:, :15], cache=cache).logits]
+    out += [model(ids[:, t : t + 1], cache=cache).logits for t in range(15, end - 1)]
     assert_close(torch.cat(out, 1), full[:, : end - 1])
     if end < 50:
         with pytest.raises(ValueError, match="room for the segments of 20 tokens.*max_cache_len"):
-            model(ids[:, end - 1 : end], past_key_values=cache)
+            model(ids[:, end - 1 : end], cache=cache)
 
 
 def test_static_cache_leaves_inference_mode() -> None:
@@ -241,11 +242,11 @@ def test_static_cache_leaves_inference_mode() -> None:
     ids = tokens(2, 30)
     with torch.inference_mode():
         cache = StaticCache(config=model.config, max_cache_len=32)
-        model(tokens(2, 19, seed=5), past_key_values=cache)
+        model(tokens(2, 19, seed=5), cache=cache)
     cache.reset()
     with torch.no_grad():
-        model(ids[:, :15], past_key_values=cache)
-        assert_close(model(ids[:, 15:], past_key_values=cache).logits, model(ids).logits[:, 15:])
+        model(ids[:, :15], cache=cache)
+        assert_close(model(ids[:, 15:], cache=cache).logits, model(ids).logits[:, 15:])
 
 
 @pytest.mark.parametrize("fields", STATIC, ids=name_of)
@@ -257,6 +258,6 @@ def test_plain_caches_roll_back_to_nothing(kind: type, fields: dict) -> None:
     ids = tokens(1, 20)
     cache = kind(config=model.config, **({"max_cache_len": 20} if kind is StaticCache else {}))
     cache.activate_past_recording()
-    model(ids, past_key_values=cache)
+    model(ids, cache=cache)
     cache.crop(-9)
-    assert_close(model(ids[:, 11:], past_key_values=cache).logits, model(ids).logits[:, 11:])
+    assert_close(model(ids[:, 11:], cache=cache).logits, model(ids).logits[:, 11:])

@@ -33,7 +33,7 @@ def test_shared_routes_are_the_same_in_parallel_token_by_token_and_in_pieces(fie
     model.config.mc_backend = "torch"
     assert_close(model(ids, use_cache=False).logits, expected, 1e-10)
     cache = MCCache(config=model.config)
-    out = [model(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 1, 23], 1)]
+    out = [model(piece, cache=cache).logits for piece in ids.split([20, 1, 1, 23], 1)]
     assert_close(torch.cat(out, 1), expected, 1e-10)
     own = build(small_config(**fields | {"route_sharing": "layer"}), dtype=torch.float64)
     assert relative_error(own(ids, use_cache=False).logits, expected) > 1e-3
@@ -63,7 +63,7 @@ def test_gates_without_segment_context_see_where_a_segment_is_and_not_what_it_ho
         model = build(small_config(aggregation="grm", segment_summary=summary))
         for seed in (0, 1):
             cache = MCCache(config=model.config)
-            model(tokens(1, 24, seed=seed), past_key_values=cache)
+            model(tokens(1, 24, seed=seed), cache=cache)
             kept[summary, seed] = cache.layers[0].tensors["summaries"]
     assert torch.equal(kept["position", 0], kept["position", 1])
     assert not torch.equal(kept["keys", 0], kept["keys", 1])

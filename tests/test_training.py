@@ -6,6 +6,7 @@ from transformers import Trainer, TrainingArguments
 
 from helpers import MEMORY_NAMES, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCForCausalLM
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.model import MCDecoderLayer
 
 
@@ -59,7 +60,7 @@ def test_gradients_of_a_few_parameters_through_a_cache():
     trained = [p.requires_grad_("q_proj" in n or "u_proj" in n) for n, p in model.named_parameters()]
     trained = [p for p in trained if p.requires_grad]
     cache = MCCache(config=model.config)
-    decoded = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, 1)], 1)
+    decoded = torch.cat([model(token, cache=cache).logits for token in ids.split(1, 1)], 1)
     expected = torch.autograd.grad(model(ids).logits.square().sum(), trained)
     for actual, wanted in zip(torch.autograd.grad(decoded.square().sum(), trained), expected, strict=True):
         assert_close(actual, wanted, 1e-9)
@@ -122,7 +123,7 @@ def test_bf16_autocast(memory):
     expected, _ = loss_and_gradients(model, ids)
     with torch.autocast("cpu", torch.bfloat16):
         loss, gradients = loss_and_gradients(model, ids)
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE_NAME]
     assert loss.item() == pytest.approx(expected.item(), rel=2e-2)
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())
     kept = {
@@ -142,8 +143,8 @@ def test_memories_are_read_outside_of_autocast(memory, monkeypatch):
         recorded = lambda *args, f=original: (seen.append(torch.is_autocast_enabled("cpu")), f(*args))[1]  # noqa: E731
         monkeypatch.setattr(kind, name, recorded)
     with torch.autocast("cpu", torch.bfloat16):
-        cache = model(tokens(1, 2 * SIZE), use_cache=True).past_key_values
-        model(tokens(1, 1), past_key_values=cache)
+        cache = model(tokens(1, 2 * SIZE), use_cache=True)[CACHE_NAME]
+        model(tokens(1, 1), cache=cache)
     assert len(seen) > 2 and not any(seen)
 
 
@@ -158,11 +159,11 @@ def test_half_precision_model(memory, dtype):
         assert out.logits.dtype == dtype
         assert_close(out.logits.float(), wanted.logits, 0.3)
         assert (out.logits.float() - wanted.logits).abs().mean() < 0.05
-        assert {t.dtype for n, t in out.past_key_values.layers[0].tensors.items() if n[:4] == "kept"} == {
+        assert {t.dtype for n, t in out[CACHE_NAME].layers[0].tensors.items() if n[:4] == "kept"} == {
             torch.float32
         }
         cache = MCCache(config=config)
-        steps = torch.cat([model(x, past_key_values=cache).logits for x in ids.split(1, dim=1)], 1)
+        steps = torch.cat([model(x, cache=cache).logits for x in ids.split(1, dim=1)], 1)
         assert (steps.float() - out.logits.float()).abs().mean() < 0.05
 
 
@@ -186,9 +187,9 @@ def test_prefill_in_inference_mode_then_go_on(fields):
     for grad in (False, True):
         cache = MCCache(config=model.config)
         with torch.inference_mode():
-            model(ids[:, : SIZE + 3], past_key_values=cache)
+            model(ids[:, : SIZE + 3], cache=cache)
         with torch.set_grad_enabled(grad):
-            steps = [model(x, past_key_values=cache).logits for x in ids[:, SIZE + 3 :].split([1] * 6 + [7], dim=1)]
+            steps = [model(x, cache=cache).logits for x in ids[:, SIZE + 3 :].split([1] * 6 + [7], dim=1)]
         assert_close(torch.cat(steps, 1), expected[:, SIZE + 3 :])
         if grad:
             steps[-1].sum().backward()

@@ -402,9 +402,9 @@ def test_decode_in_a_model(case, stored, monkeypatch):
         model.config.mc_backend = backend
         cache, logits = MCCache(config=model.config, state_dtype=stored), []
         with torch.no_grad():
-            model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+            model(ids[:, :20], attention_mask=mask[:, :20], cache=cache)
             for t in range(20, 24):
-                logits.append(model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
+                logits.append(model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits)
         found.append(torch.cat(logits, 1))
     assert len(ran) == 4 * model.config.num_hidden_layers
     # a state that comes out differently in the last bit may be rounded to another number

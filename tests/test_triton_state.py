@@ -224,11 +224,11 @@ def test_model_decodes_the_same(case, static, launches):
         cache = StaticCache(config=model.config, max_cache_len=24) if static else MCCache(config=model.config)
         for layer in cache.layers:
             layer.kept_dtype = stored
-        logits = [model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache).logits]
+        logits = [model(ids[:, :12], attention_mask=mask[:, :12], cache=cache).logits]
         model.config.mc_backend = backend
         for t in range(12, 18):
             seen = {} if t == 17 else {"attention_mask": mask[:, : t + 1]}  # the last one without a mask
-            logits.append(model(ids[:, t : t + 1], past_key_values=cache, **seen).logits)
+            logits.append(model(ids[:, t : t + 1], cache=cache, **seen).logits)
         found.append((torch.cat(logits, 1), {n: x.clone() for n, x in cache.layers[0].tensors.items()}))
         assert (launches["slot_write"] > 0) == (backend == "triton")
     assert launches["state_step"] == (0 if fields["memory"] == "titans" else 6)
@@ -263,14 +263,14 @@ def test_model_leaves_a_snapshot_alone():
     ids = tokens(1, 14)
     full = model(ids).logits
     cache = MCCache(config=model.config)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     cache.activate_past_recording()
     model.config.mc_backend = "triton"
     for t in range(6, 11):
-        model((ids[:, t : t + 1] + 3) % 60, past_key_values=cache)
+        model((ids[:, t : t + 1] + 3) % 60, cache=cache)
     model.config.mc_backend = "torch"
     cache.crop(-5)
-    assert relative_error(model(ids[:, 6:], past_key_values=cache).logits, full[:, 6:]) < 1e-5
+    assert relative_error(model(ids[:, 6:], cache=cache).logits, full[:, 6:]) < 1e-5
 
 
 @inside
@@ -282,11 +282,11 @@ def test_model_compiles_into_one_graph(launches):
     ids = tokens(1, 12)
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=12)
-    model(ids[:, :6], past_key_values=cache)
+    model(ids[:, :6], cache=cache)
     model.config.mc_backend = "triton"
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = [
-        step(ids[:, t : t + 1], past_key_values=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 12)
+        step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 12)
     ]
     assert relative_error(torch.cat(out, 1), full[:, 6:]) < 1e-5
     assert launches["state_step"] >= 6 and launches["slot_write"] >= 24

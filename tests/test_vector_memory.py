@@ -14,6 +14,7 @@ from mc_transformers.kernels.common import NAMESPACE
 from mc_transformers.kernels.recurrent_write import recurrence, recurrence_torch
 from mc_transformers.kernels.vector_read import gated_sum, gated_sum_op
 from mc_transformers.modeling_mc.aggregation import Aggregation
+from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.history import Caches
 from mc_transformers.modeling_mc.memories import MEMORIES, Trace
 from mc_transformers.modeling_mc.memories.vector import Cell
@@ -180,7 +181,7 @@ def test_the_fused_cells_get_contiguous_states(name, monkeypatch):
     model = build(small_config(name, aggregation="grm", state_init="checkpoint", segmentation="logarithmic"))
     cache = MCCache(config=model.config)
     for part in tokens(2, 4 * SEGMENT).split(2 * SEGMENT, 1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
     assert seen and all(state.is_contiguous() for state in seen)
 
 
@@ -267,7 +268,7 @@ def test_addition_with_padding_packing_and_pieces(fields):
         expected = model(ids, use_cache=False).logits
         for pieces in ([1] * ids.shape[1], [5, 1, 16, 7], [SEGMENT, SEGMENT, 13]):
             cache = MCCache(config=model.config)
-            out = [model(part, past_key_values=cache).logits for part in ids.split(pieces, 1)]
+            out = [model(part, cache=cache).logits for part in ids.split(pieces, 1)]
             assert_close(torch.cat(out, 1), expected, 1e-10)
 
 
@@ -287,9 +288,9 @@ def test_addition_trains_everything_but_the_choice(aggregation, source):
 
 def test_the_other_read_refuses_the_cache():
     """Its cache may hold no summaries."""
-    cache = build(small_config("lstm", vector_read="add"))(tokens(1, 9), use_cache=True).past_key_values
+    cache = build(small_config("lstm", vector_read="add"))(tokens(1, 9), use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match="vector_read='add', here 'multiply'"):
-        build(small_config("lstm"))(tokens(1, 9), past_key_values=cache)
+        build(small_config("lstm"))(tokens(1, 9), cache=cache)
 
 
 # --------------------------------------------------------------------------------------------- the gated sum's op
