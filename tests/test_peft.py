@@ -125,6 +125,7 @@ def test_two_adapters_in_one_batch():
         assert torch.equal(one[0], out[row])
 
 
+@pytest.mark.usefixtures("any_peft")
 def test_transformers_own_adapter_interface(tmp_path):
     """`model.add_adapter` of Transformers, without a PeftModel."""
     model = build(small_config())

@@ -206,6 +206,7 @@ def test_trainer_pushes_a_complete_repository(hub, tmp_path):
     assert b"trained" in files["README.md"]
 
 
+@pytest.mark.usefixtures("any_peft")
 def test_adapters_are_pushed_as_adapters(hub, tmp_path):
     adapted = get_peft_model(build(small_config("linear")), LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")

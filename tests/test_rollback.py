@@ -20,7 +20,8 @@ HYBRIDS = [
 ]
 BOUNDED = [{"max_cached_segments": 2, "cache_eviction": who} for who in CHOICES["cache_eviction"]]
 VARIANTS = [{"memory": "swla", "state_init": "checkpoint"}, {"aggregation": "residual"}, {"aggregation": "none"}]
-IS_OLD = Version(transformers.__version__) < Version("5.23")
+VERSION = Version(transformers.__version__)
+IS_OLD = VERSION < Version("5.23")
 OLD = pytest.mark.skipif(
     IS_OLD,
     reason="sliding-window layers of older versions, 5.16 at least, return more than their mask covers when recording",
@@ -119,6 +120,17 @@ def test_speculative_decoding_gives_the_greedy_tokens(fields: dict) -> None:
     target = AutoModelForCausalLM.from_config(llama).eval()
     expected = target.generate(ids, **length)
     assert torch.equal(expected, target.generate(ids, **length, assistant_model=small))
+
+
+@pytest.mark.skipif(VERSION < Version("5.24"), reason="Transformers refuses this before 5.24")
+@pytest.mark.parametrize("fields", [{"memory": "titans", "aggregation": "soup"}, {"memory": "gru"}], ids=name_of)
+def test_speculative_decoding_with_a_static_cache(fields: dict) -> None:
+    model = build(small_config(**fields))
+    ids, options = tokens(1, 21), {"max_new_tokens": 24, "do_sample": False}
+    greedy = model.generate(ids, **options)
+    small = build(small_config(num_hidden_layers=1, hidden_size=16), seed=1)
+    for drafts in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": small}):
+        assert torch.equal(greedy, model.generate(ids, **options, **drafts, cache_implementation="static"))
 
 
 def test_speculative_decoding_begins_with_an_empty_cache() -> None:
