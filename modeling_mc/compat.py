@@ -3,6 +3,7 @@
 has to be entered by name."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -34,12 +35,16 @@ def rename_cache(arguments: dict, name: str) -> dict:
 
 
 def cache_by_any_name(forward: Callable) -> Callable:
-    """Decorates a method with an argument `cache`: it may be called `past_key_values`, too."""
+    """Decorates a method with an argument `cache`: it may be called `past_key_values`, too, and its signature, which
+    Transformers reads, has the name of the version."""
 
     @functools.wraps(forward)
     def renamed(self, *args, **kwargs):
         return forward(self, *args, **rename_cache(kwargs, "cache"))
 
+    signature = inspect.signature(forward)
+    parameters = [p.replace(name=CACHE_NAME) if p.name == "cache" else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)
     return renamed
 
 
