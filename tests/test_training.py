@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
 from helpers import MEMORY_NAMES, assert_close, build, family, name_of, small_config, tokens
@@ -214,6 +215,19 @@ COMPILED += [{"memory": "linear", "aggregation": "ssc"}, {"memory": "linear", "s
 def test_compiled_training_step(fields):
     model, ids = build(small_config(**fields)).train(), tokens(2, 2 * SIZE + 3)
     check(compiled_step(model, ids, "aot_eager"), loss_and_gradients(model, ids), 1e-5)
+
+
+@pytest.mark.parametrize("memory", MEMORY_NAMES)
+@torch.no_grad()
+def test_compiled_for_every_length(memory):
+    """A second length makes sizes symbolic; the third one needs no other graph."""
+    torch._dynamo.reset()
+    model, counter = build(small_config(memory)), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (4 * SIZE + 5, 6 * SIZE + 5, 3 * SIZE + 5):
+        ids = tokens(2, length)
+        assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, 1e-5)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("aggregation", ["grm", "ssc"])

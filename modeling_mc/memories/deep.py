@@ -238,7 +238,7 @@ class DeepMemory(Memory):
         maps = self._start(layout, state, q.device, compute_dtype(q))
         calls, answers, ends, run = [], [], [], layout.running(table)
         for number, (queries, inputs, begun) in enumerate(self._inputs(layout, q, k, v, gates, table)):
-            step, piece = divmod(number, layout.pieces)
+            step, piece = number // layout.pieces, number % layout.pieces  # torch.compile lacks divmod of its sizes
             if step > 0 and piece == 0 and table.starts is not None:
                 maps = self._restart(maps, table.starts[:, step])
             begun = begun.unflatten(0, (len(run), -1))[torch.arange(len(run), device=q.device), run]
