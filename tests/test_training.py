@@ -111,6 +111,16 @@ def test_trainer(tmp_path):
             assert_close(b, a, 1e-3, name)
 
 
+@torch.no_grad()
+def test_a_cache_is_used_while_nothing_is_checkpointed():
+    """Text that is generated in the middle of training, without gradients, goes on from the cache."""
+    model, ids, cache = build(small_config("swla")).train(), tokens(2, 2 * SIZE + 3), MCCache(small_config("swla"))
+    expected = model(ids).logits
+    model.gradient_checkpointing_enable()
+    pieces = [model(piece, cache=cache).logits for piece in ids.split([SIZE + 1, 1, SIZE + 1], 1)]
+    assert_close(torch.cat(pieces, 1), expected, 1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- dtypes
 def state_dtypes(cache) -> set[torch.dtype]:
     kept = {name.split(".")[0]: tensor.dtype for name, tensor in cache.layers[0].tensors.items()}
