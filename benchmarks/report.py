@@ -376,9 +376,9 @@ SHORTER = (
 LONGER = (
     "The same task in 256 tokens with 256 ids, everything else as above; two learning rates for the main rules of a "
     "linear memory at 64 pairs and width 32 (the higher is worse in every mean), one elsewhere. Three seeds of a "
-    "linear memory and of attention at width 32 and at 64 pairs, one of everything "
-    "else. `grm` is above `none` of a linear memory at every size, by little where the state holds all pairs, and of "
-    "the other memories except DLA, which needs no caching. `ssc` comes close to `none` more often than to `grm`. "
+    "linear memory and of attention at width 32 and at 64 pairs, one of everything else. `grm` is above "
+    "`none` of a linear memory at every size, by little where the state holds all pairs, and of the other memories "
+    "except DLA, which needs no caching. `ssc` comes close to `none` more often than to `grm`. "
     "Titans had not begun to learn without gates, nor with logarithmic segments; DLA lost a quarter by `residual`, "
     "and had not begun to learn with `ssc`. Per byte kept caching does not gain: without it, a model of width 64 is "
     "above one of width 32 with `grm`, which keeps four times as much (and has fewer parameters), and one of width 32 "
