@@ -31,7 +31,7 @@ docs: $(DOCS_STAMP)
 # the support table of README.md, from the tests that ran
 support: $(TEST_STAMP)
 	$(BIN)/python -m pytest -n 2 tests --junitxml=outputs/tests.xml
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_triton*.py --junitxml=outputs/triton.xml
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton*.py --junitxml=outputs/triton.xml
 	$(BIN)/python docs/support.py outputs/tests.xml outputs/triton.xml README.md
 
 lint: $(TEST_STAMP)

@@ -11,9 +11,9 @@ from transformers import (
 )
 
 from .configuration_mc import MCConfig
-from .conversion import hub as _hub
-from .modeling_mc.cache import MCCacheLayer
-from .modeling_mc.mc_cache import MCCache
+from .hub import models as _hub
+from .modeling_mc.cache import MCCache
+from .modeling_mc.cache_layer import MCCacheLayer
 from .modeling_mc.model import (
     MC_LORA_TARGETS,
     MCForCausalLM,

@@ -3,7 +3,7 @@
 
 import sys
 
-from .conversion.cli import main
+from .cli.main import main
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
 from .. import MCConfig, MCForCausalLM, MCModel
 from ..configuration_mc import LAYER_TYPE
-from .bundle import write_code
-from .files import new_folder
-from .flat import AUTO_MAP
+from ..hub.bundle import write_code
+from ..hub.files import new_folder
+from ..hub.flat import AUTO_MAP
 from .reader import open_weights
 from .writer import ShardWriter
 
@@ -110,14 +110,26 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from . import (
-        from_fla_gated_deltanet,
-        from_fla_linear,
-        from_llama,
-        from_mamba2,
-        from_olmo_hybrid,
-        from_qwen,
-        from_retnet,
+    from .sources import (
+        fla_gated_deltanet as from_fla_gated_deltanet,
+    )
+    from .sources import (
+        fla_linear as from_fla_linear,
+    )
+    from .sources import (
+        llama as from_llama,
+    )
+    from .sources import (
+        mamba2 as from_mamba2,
+    )
+    from .sources import (
+        olmo_hybrid as from_olmo_hybrid,
+    )
+    from .sources import (
+        qwen as from_qwen,
+    )
+    from .sources import (
+        retnet as from_retnet,
     )
 
     delta = (from_fla_gated_deltanet, from_olmo_hybrid, from_qwen)
@@ -202,7 +214,7 @@ def convert(
         ValueError: another architecture, a missing piece, weights that are missing, left over, quantised or of a
             wrong shape, `fields` for a result without memory layers, an output that is the checkpoint.
     """
-    from .from_mamba2 import in_terms_of_transformers
+    from .sources.mamba2 import in_terms_of_transformers
 
     checkpoint = Path(checkpoint)
     found = in_terms_of_transformers(read_config(checkpoint / "config.json"))
@@ -239,7 +251,7 @@ def convert(
 
 
 def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> Source:
-    from .from_llama import SOURCE, with_memory_layers
+    from .sources.llama import SOURCE, with_memory_layers
 
     if kind is not SOURCE:
         raise ValueError(f"layers={list(layers)} can be chosen with --from {SOURCE.name} only, not {kind.name}")

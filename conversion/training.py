@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from .. import MCConfig, MCForCausalLM
+from ..hub.files import new_folder
+from ..hub.loading import load_model
 from .convert import U_PROJ, copy_extras, read_config, write_model
-from .files import new_folder
-from .loading import load_model
 from .reader import open_weights
 
 

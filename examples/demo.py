@@ -33,10 +33,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import mc_transformers as mc
-from experiment import option, save_json
-from mc_transformers.conversion.files import new_folder
+from mc_transformers.hub.files import new_folder
 from mc_transformers.modeling_mc.compat import CACHE_NAME
-from text_data import Blocks, byte_tokenizer, reference_texts, source_texts
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.tasks.experiment import option, save_json  # noqa: E402
+from benchmarks.tasks.text import Blocks, byte_tokenizer, reference_texts, source_texts  # noqa: E402
 
 
 @dataclass

@@ -29,10 +29,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
 
 import mc_transformers as mc
-from experiment import option, save_json
 from mc_transformers.conversion.convert import convert
-from mc_transformers.conversion.files import new_folder
-from text_data import Blocks, byte_tokenizer, reference_texts
+from mc_transformers.hub.files import new_folder
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.tasks.experiment import option, save_json  # noqa: E402
+from benchmarks.tasks.text import Blocks, byte_tokenizer, reference_texts  # noqa: E402
 
 
 @dataclass

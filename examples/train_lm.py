@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,11 @@ from transformers import (
 )
 
 import mc_transformers as mc
-from experiment import option
-from text_data import byte_tokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.tasks.experiment import option  # noqa: E402
+from benchmarks.tasks.text import byte_tokenizer  # noqa: E402
 
 
 @dataclass

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.decode_step import gates_of, token_gates
-from ..kernels.segment_read import segment_read
-from ..kernels.selected_read import segment_route
-from .cache import Kept
+from ..kernels.read.segment import segment_read
+from ..kernels.read.selected import segment_route
+from ..kernels.step.decode import gates_of, token_gates
+from .cache_layer import Kept
 from .history import Caches
 from .memories import Memory, State, Trace
 from .segments import SegmentTable

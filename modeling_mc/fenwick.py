@@ -8,7 +8,7 @@ level is enough, and one running memory per level, the highest of which has not 
 
 import torch
 
-from .cache import Kept, MCCacheLayer
+from .cache_layer import Kept, MCCacheLayer
 from .history import NEVER, Caches, GatesOf, History, Level
 from .segments import rows_where
 

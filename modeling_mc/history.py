@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.slot_write import slot_write
-from .cache import Kept, MCCacheLayer
+from ..kernels.step.slot import slot_write
+from .cache_layer import Kept, MCCacheLayer
 from .context_parallel import Shards
 from .memories import Memory, State
 from .segments import SegmentTable, rows_where

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import MCCacheLayer
+from .cache_layer import MCCacheLayer
 from .history import NEVER, Caches, GatesOf, History, Level
 from .segments import rows_where
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..configuration_mc import MCConfig
-from ..kernels.common import autocast_off, compute_dtype
+from ..kernels.shared.ops import autocast_off, compute_dtype
 from .aggregation import Aggregation, Summary
 from .attention import rotate
-from .cache import MCCacheLayer
+from .cache_layer import MCCacheLayer
 from .fenwick import FenwickHistory
 from .history import History, Level
 from .least_read import LeastReadHistory

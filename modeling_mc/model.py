@@ -27,10 +27,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .attention import make_attention, make_rotary
-from .cache import memory_caching_mask, memory_layer
+from .cache import MCCache, ModelRef
+from .cache_layer import memory_caching_mask, memory_layer
 from .compat import CACHE_NAME, cache_by_any_name, enter_lora_targets, enter_names, rename_cache
 from .context_parallel import active_shards, check_shards
-from .mc_cache import MCCache, ModelRef
 from .memories import MEMORIES
 from .mixer import MCMixer
 from .segments import SegmentTable

@@ -7,8 +7,8 @@ import time
 import torch
 from torch import nn
 
-from ..kernels.common import choose_backend
-from .mc_cache import MCCache
+from ..kernels.shared.ops import choose_backend
+from .cache import MCCache
 from .mixer import MCMixer
 from .segments import SegmentTable
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...kernels.common import compute_dtype
-from ...kernels.decode_step import token_gates
+from ...kernels.shared.ops import compute_dtype
+from ...kernels.step.decode import token_gates
 from ..segments import SegmentTable
 
 
@@ -176,7 +176,7 @@ class Memory(nn.Module):
 
     def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
         """Answers of one token per row from its running state and the kept ones, and the slots that were read; see
-        `kernels.decode_step`. online: the leading tensors of the running state. kept: `cache.Kept`."""
+        `kernels.step.decode`. online: the leading tensors of the running state. kept: `cache.Kept`."""
         answer = self.read(online, q)
         q = answer if self.own_gates else q
         gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
@@ -193,11 +193,11 @@ class Memory(nn.Module):
         raise NotImplementedError
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        """GRM's past part and online gate, see `kernels.segment_read`; states is the cached part of the state."""
+        """GRM's past part and online gate, see `kernels.read.segment`; states is the cached part of the state."""
         raise NotImplementedError
 
     def selected_read(self, q, weights, states, index):
-        """Weighted sum over chosen memories, see `kernels.selected_read`."""
+        """Weighted sum over chosen memories, see `kernels.read.selected`."""
         raise NotImplementedError
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ...kernels.chunks import Decay
-from ...kernels.deep_common import ANSWER, EPS, NOTHING, gelu_backward
-from ...kernels.deep_read import deep_constant_read, deep_read, deep_selected_read
-from ...kernels.deep_write import deep_write
+from ...kernels.read.deep import deep_constant_read, deep_read, deep_selected_read
+from ...kernels.shared.deep import ANSWER, EPS, NOTHING, gelu_backward
+from ...kernels.write.chunks import Decay
+from ...kernels.write.deep import deep_write
 from ..segments import SegmentTable, rows_where
 from .base import Bias, Memory, State, Trace, compute_dtype
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ...kernels.delta_write import delta_write, fla_rule, fla_write
-from ...kernels.state_step import state_step
+from ...kernels.step.state import state_step
+from ...kernels.write.delta import delta_write, fla_rule, fla_write
 from ..segments import SegmentTable
 from .base import Bias, State, Trace
 from .matrix import MatrixMemory
@@ -22,7 +22,7 @@ class GatedDeltaMemory(MatrixMemory):
     doubled with `allow_negative_eigenvalues`, so that a write can also turn a stored value around.
 
     Half-precision inputs on a GPU are written by the package `fla` when it is installed, one segment after
-    the other when they depend on each other; everything else by `kernels.delta_write`.
+    the other when they depend on each other; everything else by `kernels.write.delta`.
     """
 
     gate_names = ("a", "b")

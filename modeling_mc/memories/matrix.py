@@ -3,11 +3,11 @@
 
 import torch
 
-from ...kernels.decode_step import decode_step
-from ...kernels.linear_write import linear_write
-from ...kernels.segment_read import segment_read
-from ...kernels.selected_read import selected_read
-from ...kernels.state_step import state_step
+from ...kernels.read.segment import segment_read
+from ...kernels.read.selected import selected_read
+from ...kernels.step.decode import decode_step
+from ...kernels.step.state import state_step
+from ...kernels.write.linear import linear_write
 from ..segments import SegmentTable
 from .base import Memory, State, Trace
 

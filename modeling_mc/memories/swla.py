@@ -4,8 +4,8 @@
 import torch
 from torch.nn import functional as F
 
-from ...kernels.linear_write import linear_write
-from ...kernels.state_step import state_step
+from ...kernels.step.state import state_step
+from ...kernels.write.linear import linear_write
 from ..segments import SegmentTable
 from .base import State, Trace, compute_dtype
 from .matrix import MatrixMemory

@@ -3,7 +3,8 @@
 
     S_t = b_t S_{t-1} - e_t grad,    W_t = a_t W_{t-1} + S_t
 
-The signs of eq. 34-35 as printed, W_t = a_t W_{t-1} - S_t with the same S, climb the loss (tests/test_deep_memory.py).
+The signs of eq. 34-35 as printed, W_t = a_t W_{t-1} - S_t with the same S, climb the loss
+(tests/model/test_deep_memory.py).
 """
 
 import torch

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ...kernels.recurrent_write import recurrence
-from ...kernels.segment_read import segment_read
-from ...kernels.selected_read import selected_read
-from ...kernels.vector_read import gated_sum
+from ...kernels.read.segment import segment_read
+from ...kernels.read.selected import selected_read
+from ...kernels.read.vector import gated_sum
+from ...kernels.write.recurrent import recurrence
 from ..segments import SegmentTable
 from .base import Memory, State, Trace, compute_dtype
 
@@ -46,7 +46,7 @@ class Cell(nn.Module):
             init.zeros_(self.bias_hh_l0)
 
     def forward(self, x: torch.Tensor, state: State, empty: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `kernels.recurrent_write.recurrence`; state: h, and c of an LSTM, `[B, width]`."""
+        """See `kernels.write.recurrent.recurrence`; state: h, and c of an LSTM, `[B, width]`."""
         weights = (self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
         return recurrence(x, weights, *state, *[None] * (2 - len(state)), empty)
 

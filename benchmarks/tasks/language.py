@@ -1,0 +1,141 @@
+"""A byte-level language model of source code: does a memory help late in a document?
+
+Trains on windows of the source of Python's standard library, and measures the loss on held-out files by the position
+of the byte in its file, far beyond the length of training. A model that was trained without caching is also read with
+caching afterwards (`aggregation="mean"`, no new weights) if `also` says so:
+
+    python -m benchmarks.tasks.language --memory gated_linear --aggregation grm
+    python -m benchmarks.tasks.language --memory gated_linear --aggregation none --also mean
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from transformers import HfArgumentParser, PreTrainedModel
+
+from benchmarks.tasks.experiment import (
+    ExperimentConfig,
+    OutputConfig,
+    Result,
+    build_model,
+    option,
+    save_checkpoint,
+    save_json,
+    train,
+)
+from benchmarks.tasks.text import END, NUM_SPECIAL, byte_ids, byte_tokenizer, library_texts
+from mc_transformers import MCConfig, MCForCausalLM
+
+
+@dataclass
+class LanguageConfig(ExperimentConfig):
+    """One run. Every field is a command-line option."""
+
+    memory: str = option("gated_linear", "write rule of the memory")
+    segment_size: int = option(64, "tokens per segment")
+    layers: int = option(2, "number of layers")
+    width: int = option(64, "hidden size")
+    heads: int = option(2, "heads per layer")
+    mlp_width: int = option(128, "hidden size of the MLP")
+    output_gate: bool = option(True, "gate the mixer's output")
+    init_std: float = option(0.05, "standard deviation of initial weights")
+    steps: int = option(500, "training steps")
+    batch: int = option(16, "sequences per step")
+    lr: float = option(4e-3, "peak learning rate of AdamW")
+    schedule: str = option("cosine", "learning rate schedule, a name of Transformers")
+    weight_decay: float = option(0.1, "weight decay of matrices")
+    eval_every: int = option(250, "steps between evaluations")
+    train_length: int = option(256, "bytes per training sequence, T")
+    eval_length: int = option(4096, "bytes of every held-out file, a power of two times T")
+    also: list[str] = field(
+        default_factory=list, metadata={"help": "rules to read the trained model with as well: mean, mean/checkpoint"}
+    )
+
+
+def position_losses(model: PreTrainedModel, documents: torch.Tensor, first: int) -> dict[str, dict]:
+    """Loss by position in the document.
+
+    Args:
+        documents: int64 [documents, length + 1]. first: end of the first range; every further one is twice as long.
+
+    Returns:
+        per range "a-b" of predicted bytes a <= position < b: "nats" per byte, and "error", the standard error of the
+        documents' means.
+    """
+    losses = []
+    for ids in documents.split(1):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"))
+    loss, ranges, start, end = torch.cat(losses), {}, 0, first
+    while start < loss.shape[1]:
+        means = loss[:, start:end].mean(1)
+        error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
+        ranges[f"{start}-{end}"] = {"nats": means.mean().item(), "error": error}
+        start, end = end, 2 * end
+    return ranges
+
+
+def read_otherwise(model: PreTrainedModel, rule: str, segment_size: int) -> PreTrainedModel:
+    """The same weights under a read rule that needs none of its own: an aggregation, or aggregation/state_init."""
+    aggregation, _, state_init = rule.partition("/")
+    fields = model.config.to_dict() | {"aggregation": aggregation, "segment_size": segment_size}
+    fields |= {"state_init": state_init} if state_init else {}
+    other = MCForCausalLM(MCConfig(**fields)).to(model.device).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def train_language(config: LanguageConfig, progress: bool = True) -> dict:
+    """Trains one model; returns the record of `experiment.train` with the losses by position of every read rule."""
+    texts, held_out = library_texts(config.eval_length + 1)
+    end = torch.tensor([byte_tokenizer(1).convert_tokens_to_ids(END)])
+    corpus = torch.cat([piece for text in texts for piece in (byte_ids(text), end)])
+    documents = torch.stack([byte_ids(text[: config.eval_length + 1]) for text in held_out]).to(config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = build_model(config, 256 + NUM_SPECIAL, config.eval_length)
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        starts = torch.randint(len(corpus) - config.train_length, (config.batch, 1), generator=generator)
+        ids = corpus[starts + torch.arange(config.train_length + 1)]
+        return ids[:, :-1], ids[:, 1:]
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        short = documents[:, : config.train_length + 1]
+        return {"held_out": position_losses(model, short, config.train_length)[f"0-{config.train_length}"]["nats"]}
+
+    record = train(config, model, draw, evaluate, progress)
+    tokens = config.steps * config.batch * config.train_length
+    losses = {}
+    with torch.no_grad():
+        losses[config.aggregation] = position_losses(model, documents, config.train_length)
+        for rule in config.also:
+            other = read_otherwise(model, rule, config.train_length)
+            losses[rule] = position_losses(other, documents, config.train_length)
+    if config.save:
+        text = "held-out files of Python's standard library"
+        results = [
+            Result("cross-entropy", loss["nats"], text, "nats per byte", f"bytes {part} of the file")
+            for part, loss in losses[config.aggregation].items()
+        ]
+        save_checkpoint(config, model, results, byte_tokenizer(2**20))
+    data = {"training_bytes": len(corpus), "held_out_files": len(documents)}
+    return {"losses": losses, "data": data, "tokens_per_second": tokens / record["seconds"]} | record
+
+
+def main() -> None:
+    parser = HfArgumentParser((LanguageConfig, OutputConfig))
+    config, out = parser.parse_args_into_dataclasses()
+    path = out.path("language")
+    record = {"command": shlex.join(["python", *sys.argv])} | train_language(config)
+    save_json(record, path)
+    print(json.dumps(record["losses"], indent=2))
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

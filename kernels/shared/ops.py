@@ -1,0 +1,187 @@
+"""What every op shares: the dtype it computes in, and its registration with `torch.library`.
+
+`kernels/` has no `__init__.py`: Transformers probes for the PyPI package `kernels`, and a regular package of that name
+in the working directory would be found instead of it.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import os
+import re
+from collections.abc import Callable
+
+import torch
+
+
+# of the ops: the package's name, so that a flat copy of these files (a Hub repository) has ops of its own beside ours
+NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".kernels.shared.ops"))
+# in front of the names of modules of kernels/, and what stands between folder and module: "_" in a flat copy
+KERNELS, DOT = __name__.removesuffix("ops")[:-len("shared.")], __name__[-len("ops") - 1]
+WIDEST, WIDEST_DEEP = 256, 128  # head width up to which the Triton kernels (of deep memories) are written
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+OPS: dict[str, str | None] = {}  # every op that is registered, and the module of its Triton kernels
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """States, gates and accumulation: fp32 for every half precision, float64 stays float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def budget(device: torch.device, elements: int) -> int:
+    """Elements of the largest temporaries of one block: small enough for a CPU's caches, large enough for a GPU."""
+    return elements if device.type == "cpu" else elements * 64
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs on the CPU, for tests: it reads the variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logging.getLogger(NAMESPACE).info(message)
+
+
+def _no_triton(x: torch.Tensor, widths: tuple[int, ...], widest: int) -> str | None:
+    """Why the Triton kernels cannot take these inputs, or None."""
+    if not HAS_TRITON:
+        return "the package `triton` is not installed"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and triton_interpreted()):
+        return f"Triton has no device {x.device.type!r} (set TRITON_INTERPRET=1 to try it on the CPU)"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the dtype is {x.dtype}, allowed: float32, float16, bfloat16"
+    if max(widths) > widest:
+        return f"a head is {max(widths)} wide, allowed: up to {widest}"
+    return None
+
+
+def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int, widest: int = WIDEST) -> str:
+    """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
+
+    Args:
+        requested: `MCConfig.mc_backend`; "auto" is torch until the Triton kernels have run on a GPU; logged once.
+        widest: of the widths that the op's kernels are written for.
+
+    Raises:
+        ValueError: "triton" is requested and cannot be had.
+    """
+    if requested != "triton":
+        if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():
+            _log_once(f"{op}: torch, because its Triton kernels have not run on a GPU yet (mc_backend='triton')")
+        return "torch"
+    problem = _no_triton(x, widths, widest)
+    if problem is not None:
+        raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
+    return "triton"
+
+
+def _with_backend(function: Callable, module: str, name: str) -> Callable:
+    """`function` with one more argument, the backend: "triton" runs `name` of the module `module` of kernels/."""
+    count = len(inspect.signature(function).parameters)
+
+    def run(*args):
+        if args[count:] == ("triton",):
+            return getattr(importlib.import_module(KERNELS + module.replace(".", DOT)), name)(*args[:count])
+        return function(*args[:count])
+
+    return run
+
+
+def needs_gradient(*inputs: object) -> bool:
+    """Whether a gradient may be asked for with respect to any tensor among the inputs."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def _custom_op(
+    name: str, function: Callable, fake: Callable, triton: str | None, role: str, mutates: tuple[str, ...] = ()
+) -> Callable:
+    """An op from a function with annotated arguments; with `triton`, its last argument is the backend."""
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
+    count = len(inspect.signature(function).parameters)
+    if triton is not None:
+        schema = schema.replace(") -> ", ', str backend="torch") -> ')
+        function = _with_backend(function, triton, role)
+    op = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", without_autocast(function), mutates_args=mutates, schema=schema
+    )
+    op.register_fake(lambda *args: fake(*args[:count]))
+    return op
+
+
+def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
+    """A region without autocast; the meta device, on which sizes are computed, knows none."""
+    # torch.compile of torch 2.11 and before cannot look through the question, and never compiles for meta
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def without_autocast(function: Callable) -> Callable:
+    """`function` with autocast off: an op chooses the dtype of its products itself, also inside an autocast region."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with autocast_off(args[0].device):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def register_op(
+    name: str,
+    forward: Callable,
+    backward: Callable | None = None,
+    fake: Callable | None = None,
+    fake_backward: Callable | None = None,
+    differentiable: int = 0,
+    triton: str | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Callable:
+    """Register `forward`, and `backward` as its gradient, as ops that `torch.compile` and `torch.export` see through.
+
+    Args:
+        forward: `(inputs...) -> tensors`, with annotated tensor arguments first.
+        backward: `(one gradient per output, inputs...) -> one gradient per differentiable input`; an input that is
+            None gets an empty tensor. Arguments named `saved_*` between the two stand for the outputs of `forward`.
+            The gradient of an output that nothing used is zero, or None where its annotation allows that.
+        fake, fake_backward: the same with shapes and dtypes only.
+        differentiable: how many of the leading inputs receive a gradient.
+        triton: the module of kernels/, such as "read.segment_triton", whose `forward` and `backward` do the same on
+            Triton. The op then has one more argument, "torch" or "triton" (see `choose_backend`).
+        mutates: names of the tensors that `forward` changes in place; such an op has no `backward`.
+    """
+    OPS[name] = triton
+    op = _custom_op(name, forward, fake, triton, "forward", mutates)
+    if backward is None:
+        return op
+    backward_op = _custom_op(f"{name}_backward", backward, fake_backward, triton, "backward")
+    parameters = inspect.signature(backward).parameters
+    takes_outputs = any(name.startswith("saved_") for name in parameters)
+    takes_none = [parameter.annotation == torch.Tensor | None for parameter in parameters.values()]
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.outputs_meta = [(o.shape, o.dtype, o.device) for o in outputs]
+        ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
+        ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+        saved = list(outputs) if takes_outputs else []
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)), *saved)
+
+    def gradient(ctx, *grads):
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if given else rest for given, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
+        full = [None if grad is None else grad.contiguous() for grad in grads]
+        for i, (shape, dtype, device) in enumerate(ctx.outputs_meta):
+            if full[i] is None and not takes_none[i]:
+                full[i] = torch.zeros(shape, dtype=dtype, device=device)
+        results = backward_op(*full, *tensors, *inputs)
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        kept = [r if ctx.is_tensor[i] and ctx.needs_input_grad[i] else None for i, r in enumerate(results)]
+        return (*kept, *[None] * (len(ctx.rest) - differentiable))
+
+    op.register_autograd(gradient, setup_context=setup_context)
+    return op

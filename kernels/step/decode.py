@@ -1,0 +1,132 @@
+"""Reading the memory for one token per row, as decoding does: gates, choice and read in one op for matrix memories.
+
+    o = sum_i g_i S_i^T q + g_on S^T q ,   g over the readable past segments i (or the best k) and the running one
+
+Written the way the equations are (eq. 9, 10, 16, 17): the torch twin also is what the reference backend runs. The
+Triton kernels read every state once, where it is stored and as it is stored (bf16, int8), and have no gradient.
+"""
+
+import torch
+
+from ..shared.ops import choose_backend, needs_gradient, register_op
+
+
+def gates_of(logits: torch.Tensor, online_logit: torch.Tensor, function: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`.
+
+    `function`: "softmax" over all of them, "sigmoid" each on its own, or "one" for whoever can be read.
+    """
+    if function == "one":
+        return (logits > float("-inf")).to(logits.dtype), torch.ones_like(online_logit)
+    if function == "sigmoid":
+        return logits.sigmoid(), online_logit.sigmoid()
+    gates = torch.cat([logits, online_logit[..., None]], -1).softmax(-1)
+    return gates[..., :-1], gates[..., -1]
+
+
+def token_gates(
+    u: torch.Tensor,
+    online_logit: torch.Tensor,
+    summaries: torch.Tensor,
+    visible: torch.Tensor,
+    index: torch.Tensor | None,
+    top_k: int,
+    function: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gates `[B, H, K]` and `[B, H]` of one token, and the slots `[B, H, K]` they belong to (None: all S).
+
+    Args: as in `decode_step`.
+    """
+    logits = torch.einsum("bhd,bshmd->bhsm", u.to(summaries.dtype), summaries).amax(-1)
+    logits = logits.masked_fill(~visible[:, None], float("-inf"))
+    if top_k:
+        if index is None:
+            index = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+        logits = logits.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
+    return *gates_of(logits, online_logit, function), index
+
+
+def fetch(
+    stored: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor:
+    """Stored states `[B, S, H, ...]` with the dtype and device of `like`, or of these only the slots `index`
+    `[B, H, k]`, `[B, k, H, ...]`. `scale`: what int8 states are to be multiplied with."""
+
+    def get(t: torch.Tensor) -> torch.Tensor:
+        if index is not None:
+            slot = index.to(t.device)
+            row = torch.arange(slot.shape[0], device=t.device)[:, None, None]
+            head = torch.arange(slot.shape[1], device=t.device)[:, None]
+            t = t[row, slot, head].transpose(1, 2)
+        return t.to(like.device)
+
+    states = get(stored).to(like.dtype)
+    return states if scale is None else states * get(scale)
+
+
+def decode_step_torch(
+    q: torch.Tensor,
+    u: torch.Tensor,
+    online: torch.Tensor,
+    online_logit: torch.Tensor,
+    states: torch.Tensor,
+    scale: torch.Tensor | None,
+    summaries: torch.Tensor,
+    visible: torch.Tensor,
+    index: torch.Tensor | None,
+    top_k: int,
+    function: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `decode_step`; the second result is empty unless slots were chosen here."""
+    gates, online_gate, slots = token_gates(u, online_logit, summaries, visible, index, top_k, function)
+    chosen = fetch(states, scale, slots, online)
+    past = torch.einsum("bhs,bshv->bhv", gates, (q[:, None, :, None] @ chosen)[..., 0, :])
+    out = past + online_gate[..., None] * (q[..., None, :] @ online)[..., 0, :]
+    return out, slots if top_k and index is None else visible.new_empty(0, dtype=torch.int64)
+
+
+def _fake(q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function):
+    chosen = (*q.shape[:2], min(top_k, states.shape[1])) if top_k and index is None else (0,)
+    return online.new_empty(*q.shape[:2], online.shape[-1]), visible.new_empty(chosen, dtype=torch.int64)
+
+
+decode_step_op = register_op("decode_step", decode_step_torch, fake=_fake, triton="step.decode_triton")
+
+
+def decode_step(
+    q: torch.Tensor,
+    u: torch.Tensor,
+    online: torch.Tensor,
+    online_logit: torch.Tensor,
+    states: torch.Tensor,
+    scale: torch.Tensor | None,
+    summaries: torch.Tensor,
+    visible: torch.Tensor,
+    index: torch.Tensor | None = None,
+    top_k: int = 0,
+    function: str = "softmax",
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Answer one token per row from the running memory and the finished ones.
+
+    Args:
+        q: `[B, H, dk]`, in the dtype of `online`. u: `[B, H, du]`, any float dtype.
+        online: `[B, H, dk, dv]`, fp32 or float64, the running state that already holds the token.
+        online_logit: `[B, H]`. states: `[B, S, H, dk, dv]` finished segments, in any dtype, with `scale`
+            `[B, S, H, dk, 1]` if they are int8; they may be stored on another device.
+        summaries: `[B, S, H, m, du]`, m sub-block means each. visible: `[B, S]` bool, those that a row may read.
+        top_k: 0 = read all, else the best so many. index: `[B, H, K]` int64, the slots to read instead; with top_k.
+        function: "softmax" or "sigmoid" gates.
+        backend: "auto", "triton" or "torch", see `choose_backend`. Triton has no gradient and cannot read states that
+            are stored elsewhere: there torch runs, whatever is asked for.
+
+    Returns:
+        answers `[B, H, dv]` in the dtype of `online`, and the slots that were read `[B, H, K]`, None for all.
+    """
+    inputs = (q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function)
+    backend = choose_backend(backend, "decode_step", q, *online.shape[-2:], u.shape[-1])
+    if backend == "triton" and not needs_gradient(*inputs) and states.device == q.device:
+        out, chosen = decode_step_op(*inputs, "triton")
+    else:
+        out, chosen = decode_step_torch(*inputs)
+    return out, None if not top_k else chosen if index is None else index

@@ -1,0 +1,160 @@
+"""The examples' command lines, on a few kilobytes of text and models that train in a second."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import finetune_lora
+import linearize
+import memory_file
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import train_lm
+from helpers import assert_close, tokens
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CONFIG = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "segment_size": 16,
+}  # fmt: skip
+STEPS = 4
+
+
+def arguments(folder: Path, **options) -> list[str]:
+    """A command line; `True` stands for an option without a value."""
+    options = {
+        "train_files": str(folder / "*.txt"), "block": 96, "max_steps": STEPS, "logging_steps": 1, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": "true", "learning_rate": 3e-3,
+        "per_device_train_batch_size": 4,
+    } | options  # fmt: skip
+    pairs = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items())
+    return [word for pair in pairs for word in pair]
+
+
+def call(monkeypatch, example, *argv: str) -> None:
+    monkeypatch.setattr(sys, "argv", [example.__name__, *argv])
+    example.main()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(8):
+        text = f"The number is {i}, and it is said again. " * (i + 4)
+        folder.joinpath(f"{i}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(texts) -> Path:
+    """A model that `train_lm` has written."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        output = texts / "model"
+        call(monkeypatch, train_lm, *arguments(texts, config=json.dumps(CONFIG), output_dir=output))
+    return output / "final"
+
+
+@pytest.mark.parametrize("how", [["packing"], ["streaming"], ["streaming", "packing"]], ids=str)
+def test_train(texts, tmp_path, monkeypatch, capsys, how):
+    options = dict.fromkeys(how, True) | {"config": json.dumps(CONFIG), "validation_files": texts / "0.txt"}
+    call(monkeypatch, train_lm, *arguments(texts, **options, output_dir=tmp_path))
+    losses = [float(x) for x in re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    assert not (tmp_path / "final.partial").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert model.config.segment_size == 16 and model.config.vocab_size == 258
+
+
+def test_the_end_of_a_text_is_learned_where_it_also_pads():
+    tokenizer = train_lm.byte_tokenizer(64)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = train_lm.PadRight(tokenizer)([{"input_ids": [5, 6, 7, 1]}, {"input_ids": [5, 1]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 1], [5, 1, -100, -100]]
+
+
+def test_train_goes_on_with_a_model(texts, trained, tmp_path, monkeypatch):
+    call(monkeypatch, train_lm, *arguments(texts, model=trained, output_dir=tmp_path, learning_rate=0.0))
+    before, after = (AutoModelForCausalLM.from_pretrained(x) for x in (trained, tmp_path / "final"))
+    for name, parameter in before.named_parameters():
+        assert_close(after.get_parameter(name), parameter, 1e-6, name)
+
+
+def test_train_needs_one_source(texts, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="exactly one of `--dataset` and `--train_files`"):
+        call(monkeypatch, train_lm, *arguments(texts, dataset="x", config=json.dumps(CONFIG), output_dir=tmp_path))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_finetune(texts, trained, tmp_path, monkeypatch, merge):
+    extra = {"merge": True} if merge else {}
+    call(monkeypatch, finetune_lora, *arguments(texts, model=trained, output_dir=tmp_path, rank=4, **extra))
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    plain = model(tokens(1, 30)).logits
+    if merge:
+        tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    else:
+        tuned = PeftModel.from_pretrained(model, tmp_path / "final")
+    assert (tuned(input_ids=tokens(1, 30)).logits - plain).abs().max() > 1e-3
+
+
+def test_memory_file_in_another_process(texts, trained, tmp_path, monkeypatch, capsys):
+    """The answer equals the one of a model that reads document and question in one go."""
+    folder, question, text = tmp_path / "memory", " The number", (texts / "3.txt").read_text(encoding="utf-8")
+    command = [sys.executable, str(EXAMPLES / "memory_file.py"), "read", "--model", str(trained), "--piece", "50"]
+    command += ["--text", str(texts / "3.txt"), "--memory", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    options = ["--model", str(trained), "--memory", str(folder), "--question", question, "--max_new_tokens", "8"]
+    call(monkeypatch, memory_file, "ask", *options)
+    tokenizer, model = train_lm.AutoTokenizer.from_pretrained(trained), AutoModelForCausalLM.from_pretrained(trained)
+    ids = tokenizer(text + question, return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\n")
+
+
+def test_train_on_two_ranks(texts, tmp_path, monkeypatch, capsys):
+    """`accelerate launch`: the loss curve and the saved model are those of one process. (Data parallel: Accelerate has
+    no FSDP on a CPU; the Trainer on a model that FSDP2 shards is in distributed_jobs.py.)"""
+    options = {"config": json.dumps(CONFIG), "bf16": "false"}
+    call(monkeypatch, train_lm, *arguments(texts, **options, output_dir=tmp_path / "one"))
+    alone = re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--main_process_port", "0", "--mixed_precision", "no", str(EXAMPLES / "train_lm.py"),
+    ]  # fmt: skip
+    argv = arguments(texts, **options, per_device_train_batch_size=2, output_dir=tmp_path / "two")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *argv], env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+    shared = re.findall(r"'loss': '?([\d.]+)", done.stdout)
+    assert len(alone) == STEPS and [float(x) for x in shared] == pytest.approx([float(x) for x in alone], rel=1e-3)
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "final") for x in ("one", "two"))
+    for name, parameter in first.named_parameters():
+        assert_close(second.get_parameter(name), parameter, 1e-3, name)
+
+
+def test_linearize(tmp_path, monkeypatch, capsys):
+    """Matching the teacher's layers gives back most of what the conversion has cost, and LoRA gives back more."""
+    words = ["memory", "keeps", "state", "of", "every", "segment", "and", "reads", "it", "again"]
+    order = random.Random(0)
+    texts = [" ".join(order.choices(words, k=400)) for _ in range(12)]
+    monkeypatch.setattr(linearize, "reference_texts", lambda: (texts[:10], texts[10:]))
+    sizes = {"hidden_size": 32, "layers": 2, "heads": 2, "block": 64, "batch": 16, "segment_size": 16}
+    steps = {"steps": 120, "lr": 1e-2, "match_steps": 60, "lora_steps": 30, "output": tmp_path}
+    call(monkeypatch, linearize, *(f"--{name}={value}" for name, value in (sizes | steps).items()))
+    record = json.loads((tmp_path / "result.json").read_text())
+    loss, printed = record["held_out_nats_per_byte"], capsys.readouterr().out
+    assert all(f"{name:<10} {value:.3f}" in printed for name, value in loss.items())
+    lost = loss["converted"] - loss["llama"]
+    assert lost > 0.1 and loss["matched"] - loss["llama"] < lost / 2 and loss["lora"] < loss["matched"]
+    assert record["converted_layers"] == [1] and not list(tmp_path.glob("*.partial"))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "matched"), tmp_path / "adapter")
+    held_out = linearize.Blocks(texts[10:], linearize.byte_tokenizer(64), 64)
+    again = linearize.held_out_loss(model, held_out, linearize.LinearizeConfig(**sizes))
+    assert again == pytest.approx(loss["lora"], abs=1e-4)

@@ -1,0 +1,151 @@
+"""The Triton kernels compile for GPUs that are not there, fit into shared memory and spill no more than is known.
+
+benchmarks/results/compile_table.json holds what they needed; it must cover what the ops launch now, on all
+targets, but for `deep_write`.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("triton")
+import triton  # noqa: E402
+
+from benchmarks.measure import compile_cases, compile_table
+
+
+TABLE = compile_table.load()
+ROWS = {(row["case"], row["kernel"], row["target"]): row for row in TABLE["rows"]}
+CASES = dict(compile_cases.cases())
+PRESETS = [f"{op} {preset} bf16" for op in compile_cases.OPS for preset in compile_cases.widths_of(op)]
+ADVICE = "run `python -m benchmarks.measure.compile_table --only {}`, look at what changed and commit the table"
+SPILLS: dict[str, dict[tuple[str, str], int]] = {  # bytes per thread; on gfx942 registers
+    "sm_80": {
+        ("decode_step mc-760m bf16", "_token_kernel 1"): 8,
+        ("deep_write dla mc-170m bf16", "write_backward_kernel 1"): 744,
+        ("deep_write dla mc-340m bf16", "write_backward_kernel 1"): 736,
+        ("deep_write dla mc-760m bf16", "_write_kernel 1"): 176,
+        ("deep_write dla mc-760m bf16", "write_backward_kernel 1"): 912,
+        ("deep_write dla d128 bf16", "_write_kernel 1"): 168,
+        ("deep_write dla d128 bf16", "write_backward_kernel 1"): 904,
+        ("deep_write titans mc-170m bf16", "_write_kernel 1"): 32,
+        ("deep_write titans mc-170m bf16", "write_backward_kernel 1"): 1320,
+        ("deep_write titans mc-340m bf16", "_write_kernel 1"): 32,
+        ("deep_write titans mc-340m bf16", "write_backward_kernel 1"): 1336,
+        ("deep_write titans mc-760m bf16", "_write_kernel 1"): 192,
+        ("deep_write titans mc-760m bf16", "_write_kernel 2"): 16,
+        ("deep_write titans mc-760m bf16", "write_backward_kernel 1"): 1904,
+        ("deep_write titans d128 bf16", "_write_kernel 1"): 192,
+        ("deep_write titans d128 bf16", "_write_kernel 2"): 16,
+        ("deep_write titans d128 bf16", "write_backward_kernel 1"): 1888,
+        ("deep_read mc-170m bf16", "_read_backward_kernel 1"): 192,
+        ("deep_read mc-340m bf16", "_read_backward_kernel 1"): 168,
+        ("deep_read mc-760m bf16", "_read_backward_kernel 1"): 144,
+        ("deep_read mc-760m bf16", "_maps_backward_kernel 1"): 56,
+        ("deep_read d128 bf16", "_read_backward_kernel 1"): 136,
+        ("deep_read d128 bf16", "_maps_backward_kernel 1"): 32,
+        ("deep_selected_read mc-760m bf16", "_maps_backward_kernel 1"): 72,
+        ("deep_selected_read d128 bf16", "_maps_backward_kernel 1"): 72,
+    },
+    "sm_90": {
+        ("deep_write dla mc-170m bf16", "write_backward_kernel 1"): 664,
+        ("deep_write dla mc-340m bf16", "write_backward_kernel 1"): 632,
+        ("deep_write dla mc-760m bf16", "write_backward_kernel 1"): 784,
+        ("deep_write dla d128 bf16", "write_backward_kernel 1"): 784,
+        ("deep_write titans mc-170m bf16", "write_backward_kernel 1"): 1240,
+        ("deep_write titans mc-340m bf16", "write_backward_kernel 1"): 1232,
+        ("deep_write titans mc-760m bf16", "write_backward_kernel 1"): 1736,
+        ("deep_write titans d128 bf16", "write_backward_kernel 1"): 1688,
+        ("deep_read mc-760m bf16", "_read_backward_kernel 1"): 96,
+        ("deep_read d128 bf16", "_read_backward_kernel 1"): 128,
+    },
+    "sm_100": {
+        ("deep_write dla mc-170m bf16", "write_backward_kernel 1"): 680,
+        ("deep_write dla mc-340m bf16", "write_backward_kernel 1"): 624,
+        ("deep_write dla mc-760m bf16", "write_backward_kernel 1"): 808,
+        ("deep_write dla d128 bf16", "write_backward_kernel 1"): 784,
+        ("deep_write titans mc-170m bf16", "write_backward_kernel 1"): 1152,
+        ("deep_write titans mc-340m bf16", "write_backward_kernel 1"): 1104,
+        ("deep_write titans mc-760m bf16", "write_backward_kernel 1"): 1688,
+        ("deep_write titans d128 bf16", "write_backward_kernel 1"): 1640,
+        ("deep_read mc-340m bf16", "_read_kernel 1"): 16,
+        ("deep_read mc-760m bf16", "_read_backward_kernel 1"): 264,
+        ("deep_read d128 bf16", "_read_backward_kernel 1"): 272,
+    },
+    "gfx942": {
+        ("deep_write dla mc-760m bf16", "_write_kernel 1"): 49,
+        ("deep_write dla mc-760m bf16", "write_backward_kernel 1"): 293,
+        ("deep_write dla d128 bf16", "_write_kernel 1"): 48,
+        ("deep_write dla d128 bf16", "write_backward_kernel 1"): 262,
+        ("deep_write titans mc-170m bf16", "write_backward_kernel 1"): 8,
+        ("deep_write titans mc-340m bf16", "write_backward_kernel 1"): 19,
+        ("deep_write titans mc-760m bf16", "_write_kernel 1"): 69,
+        ("deep_write titans mc-760m bf16", "_write_kernel 2"): 6,
+        ("deep_write titans mc-760m bf16", "write_backward_kernel 1"): 419,
+        ("deep_write titans d128 bf16", "_write_kernel 1"): 71,
+        ("deep_write titans d128 bf16", "write_backward_kernel 1"): 428,
+        ("deep_read mc-760m bf16", "_read_backward_kernel 1"): 47,
+        ("deep_read mc-760m bf16", "_maps_backward_kernel 1"): 105,
+        ("deep_read d128 bf16", "_read_backward_kernel 1"): 45,
+        ("deep_read d128 bf16", "_maps_backward_kernel 1"): 103,
+        ("deep_selected_read mc-760m bf16", "_maps_backward_kernel 1"): 102,
+        ("deep_selected_read d128 bf16", "_maps_backward_kernel 1"): 101,
+    },
+}
+# some of those that need the most, of every op and every preset width
+COMPILED = [
+    *((f"linear_write {preset} bf16", "_unit_kernel 2", "sm_90") for preset in ("mc-170m", "mc-760m")),
+    ("segment_read d128 bf16", "_read_kernel 1", "sm_90"),
+    ("segment_read mc-340m bf16", "_read_backward_kernel 1", "sm_90"),
+    ("segment_read mc-1.3b bf16", "_gates_kernel 1", "sm_90"),
+    ("selected_read d128 bf16", "_tile_kernel 2", "sm_90"),
+    ("decode_step mc-1.3b bf16", "_token_kernel 1", "sm_90"),
+    ("state_step mc-340m bf16", "_state_kernel 3", "sm_90"),
+    ("slot_write d64 bf16", "_slot_kernel 1", "gfx942"),
+    ("deep_write titans mc-340m bf16", "_write_kernel 1", "sm_90"),
+    ("deep_read mc-340m bf16", "_read_kernel 1", "gfx942"),
+    ("deep_selected_read d128 bf16", "_tile_kernel 1", "sm_80"),
+]
+
+
+@pytest.mark.parametrize("case, kernel, target", COMPILED)
+def test_compiles_without_spilling(case, kernel, target):
+    found = compile_table.record(CASES[case], target)[kernel].compile(target)
+    assert found["shared"] <= compile_table.SHARED_LIMIT[target]
+    if triton.__version__ != TABLE["triton"]:  # another compiler: registers may differ
+        warnings.warn(f"the table is of Triton {TABLE['triton']}, here is {triton.__version__}", stacklevel=1)
+        return
+    known = ROWS[case, kernel, target]
+    assert found["stack"] <= known["stack"], f"spills {found['stack']} bytes, before {known['stack']}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_table_covers_what_is_launched(case):
+    for target in compile_table.TARGETS:
+        launched = {name: launch.meta for name, launch in compile_table.record(CASES[case], target).items()}
+        known = {name: row["meta"] for (c, name, t), row in ROWS.items() if (c, t) == (case, target)}
+        assert json.loads(json.dumps(launched)) == known, ADVICE.format(repr(case))
+
+
+def test_everything_fits_into_shared_memory():
+    assert {row["case"] for row in TABLE["rows"]} == set(CASES)
+    for key, row in ROWS.items():
+        assert row["shared"] <= compile_table.SHARED_LIMIT[row["target"]], key
+
+
+@pytest.mark.parametrize("target", compile_table.TARGETS)
+def test_what_spills_at_the_widths_of_presets_is_known(target):
+    found = {
+        (case, kernel): row["stack"]
+        for (case, kernel, t), row in ROWS.items()
+        if t == target and case in PRESETS and row["stack"]
+    }
+    assert found == SPILLS.get(target, {})
+
+
+def test_the_docs_show_the_table():
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
+    assert compile_table.markdown(TABLE) in page.read_text(), "python -m benchmarks.measure.compile_table --markdown"
