@@ -196,8 +196,8 @@ def launches(monkeypatch) -> dict[str, int]:
     from mc_transformers.kernels.step import state_triton as triton_state_step
 
     counts = {}
-    for module in (triton_state_step, triton_slot_write):
-        forward, name = module.forward, module.__name__.rsplit("triton_", 1)[1]
+    for name, module in {"state_step": triton_state_step, "slot_write": triton_slot_write}.items():
+        forward = module.forward
         counts[name] = 0
 
         def counted(*args, forward=forward, name=name):
