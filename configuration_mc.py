@@ -35,11 +35,25 @@ CHOICES = {
     "mc_backend": ("auto", "triton", "torch", "reference"),
 }
 POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "num_memory_heads", "num_key_heads", "key_head_dim", "value_head_dim", "max_position_embeddings", "segment_size",
-    "num_selected_segments", "summaries_per_segment", "memory_chunk_size", "memory_expansion", "sliding_window",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_memory_heads",
+    "num_key_heads",
+    "key_head_dim",
+    "value_head_dim",
+    "max_position_embeddings",
+    "segment_size",
+    "num_selected_segments",
+    "summaries_per_segment",
+    "memory_chunk_size",
+    "memory_expansion",
+    "sliding_window",
     "max_cached_segments",
-)  # fmt: skip
+)
 PRESETS = Path(__file__).parent / "model_cards" / "presets"
 
 

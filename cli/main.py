@@ -110,8 +110,10 @@ def run_eval(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, args.dtype, args.device, args.revision, head="MCForCausalLM")
     record = evaluate.evaluate_text(model, tokenizer, args.text, args.length, args.batch_size)
     record = {"checkpoint": args.checkpoint, **record}
-    rows = [(f"{x['first']} - {x['last']}", f"{x['loss']:.4f}", f"{evaluate.perplexity(x['loss']):.3f}")
-            for x in record["positions"]]  # fmt: skip
+    rows = [
+        (f"{x['first']} - {x['last']}", f"{x['loss']:.4f}", f"{evaluate.perplexity(x['loss']):.3f}")
+        for x in record["positions"]
+    ]
     loss, perplexity = (result["value"] for result in record["results"])
     rows.append(("all", f"{loss:.4f}", f"{perplexity:.3f}"))
     print(info.table(rows, ("position", "loss (nats per token)", "perplexity")))
@@ -132,9 +134,15 @@ def run_bundle(args: argparse.Namespace) -> None:
     from ..hub.bundle import bundle
 
     output = bundle(
-        args.checkpoint, args.output, args.repo_id, args.revision, args.max_shard_size, args.overwrite,
-        verify=not args.no_verify, **_card_arguments(args),
-    )  # fmt: skip
+        args.checkpoint,
+        args.output,
+        args.repo_id,
+        args.revision,
+        args.max_shard_size,
+        args.overwrite,
+        verify=not args.no_verify,
+        **_card_arguments(args),
+    )
     checked = "not checked" if args.no_verify else "loaded alone: the same logits and tokens"
     print(f"{output}: {len(list(output.iterdir()))} files, {checked}")
 
@@ -143,10 +151,18 @@ def run_publish(args: argparse.Namespace) -> None:
     from ..hub.publish import publish
 
     files, commit = publish(
-        args.checkpoint, args.repo_id, dry_run=args.dry_run, max_shard_size=args.max_shard_size,
-        private=args.private or None, revision=args.revision, create_pr=args.create_pr, tag=args.tag,
-        replace_card=args.replace_card, commit_message=args.message, **_card_arguments(args),
-    )  # fmt: skip
+        args.checkpoint,
+        args.repo_id,
+        dry_run=args.dry_run,
+        max_shard_size=args.max_shard_size,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        replace_card=args.replace_card,
+        commit_message=args.message,
+        **_card_arguments(args),
+    )
     print(info.table([(name, info.human_bytes(size)) for name, size in files.items()], ("file", "size")))
     total = info.human_bytes(sum(files.values()))
     if commit is None:
@@ -355,10 +371,11 @@ def _convert_parser(commands) -> None:
         ),
     )
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT",
+        "checkpoint",
+        metavar="CHECKPOINT",
         help="a folder with config.json and weights; of a training run also a torch.distributed.checkpoint folder, "
         "or a file with a state dict",
-    )  # fmt: skip
+    )
     parser.add_argument("output", metavar="FOLDER", help="where to write")
     kinds = ", ".join([*sources(), "training"])
     parser.add_argument("--from", dest="source", metavar="KIND", help=f"{kinds} (default: as config.json says)")

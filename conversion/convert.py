@@ -22,8 +22,17 @@ from .writer import ShardWriter
 
 # one source tensor, the config of the source, and the tensors for the rule's targets
 Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
-COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja")  # fmt: skip
+COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOLERANCE = 1e-4
 U_PROJ = ".mixer.u_proj.weight"
@@ -110,27 +119,13 @@ def refuse(piece: str, value: object, allowed: str) -> None:
 
 def sources() -> dict[str, Source]:
     """All kinds by name."""
-    from .sources import (
-        fla_gated_deltanet as from_fla_gated_deltanet,
-    )
-    from .sources import (
-        fla_linear as from_fla_linear,
-    )
-    from .sources import (
-        llama as from_llama,
-    )
-    from .sources import (
-        mamba2 as from_mamba2,
-    )
-    from .sources import (
-        olmo_hybrid as from_olmo_hybrid,
-    )
-    from .sources import (
-        qwen as from_qwen,
-    )
-    from .sources import (
-        retnet as from_retnet,
-    )
+    from .sources import fla_gated_deltanet as from_fla_gated_deltanet
+    from .sources import fla_linear as from_fla_linear
+    from .sources import llama as from_llama
+    from .sources import mamba2 as from_mamba2
+    from .sources import olmo_hybrid as from_olmo_hybrid
+    from .sources import qwen as from_qwen
+    from .sources import retnet as from_retnet
 
     delta = (from_fla_gated_deltanet, from_olmo_hybrid, from_qwen)
     modules = (from_mamba2, from_fla_linear, from_retnet, *delta, from_llama)

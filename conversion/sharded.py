@@ -16,10 +16,17 @@ INDEX = ".metadata"
 ALLOWED = {
     (kind.__module__, kind.__name__): kind
     for kind in (
-        parts.Metadata, parts.TensorStorageMetadata, parts.ChunkStorageMetadata, parts.TensorProperties,
-        parts.BytesStorageMetadata, parts.MetadataIndex, parts.StorageMeta, parts._MEM_FORMAT_ENCODING, _StorageInfo,
+        parts.Metadata,
+        parts.TensorStorageMetadata,
+        parts.ChunkStorageMetadata,
+        parts.TensorProperties,
+        parts.BytesStorageMetadata,
+        parts.MetadataIndex,
+        parts.StorageMeta,
+        parts._MEM_FORMAT_ENCODING,
+        _StorageInfo,
     )
-}  # fmt: skip
+}
 ALLOWED |= {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 
 

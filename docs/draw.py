@@ -69,8 +69,15 @@ def curves(axes: Axes) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8.5, frameon=False)
-    axes.text(0.99, 0.1, f"12 heads of width {HEAD_DIM}; keys and values bf16, states fp32; counted",
-              transform=axes.transAxes, ha="right", fontsize=7.5, color=GREY)  # fmt: skip
+    axes.text(
+        0.99,
+        0.1,
+        f"12 heads of width {HEAD_DIM}; keys and values bf16, states fp32; counted",
+        transform=axes.transAxes,
+        ha="right",
+        fontsize=7.5,
+        color=GREY,
+    )
 
 
 def overview() -> plt.Figure:
@@ -93,8 +100,22 @@ def fenwick(finished: int) -> list[tuple[int, int]]:
 
 def reads() -> plt.Figure:
     """Which memories a token reads, by the segment that it stands in."""
-    segments, chosen = 12, {1: (0,), 2: (0, 1), 3: (0, 2), 4: (1, 3), 5: (1, 2), 6: (0, 5), 7: (2, 6), 8: (1, 7),
-                            9: (4, 6), 10: (0, 8), 11: (3, 9)}  # fmt: skip
+    segments, chosen = (
+        12,
+        {
+            1: (0,),
+            2: (0, 1),
+            3: (0, 2),
+            4: (1, 3),
+            5: (1, 2),
+            6: (0, 5),
+            7: (2, 6),
+            8: (1, 7),
+            9: (4, 6),
+            10: (0, 8),
+            11: (3, 9),
+        },
+    )
     kept = {
         "none": lambda now: [],
         "grm, residual, soup, mean": lambda now: [(i, 1, BLUE) for i in range(now)],
@@ -131,14 +152,19 @@ def cost() -> plt.Figure:
         "dla, grm": ([28 * d * d + 8 * d * d * (n // SEGMENT) for n in lengths], BLUE, ":"),
         "linear, grm": ([own + d * d * (n // SEGMENT) for n in lengths], BLUE, "-"),
         "linear, ssc, k = 4": (
-            [own + d * (n // SEGMENT) + d * d * min(4, n // SEGMENT) for n in lengths], ORANGE, "-",
+            [own + d * (n // SEGMENT) + d * d * min(4, n // SEGMENT) for n in lengths],
+            ORANGE,
+            "-",
         ),
         "linear, none": ([own for _ in lengths], ORANGE, "--"),
-    }  # fmt: skip
+    }
     for label, (values, colour, style) in lines.items():
         left.loglog(lengths, values, color=colour, ls=style, lw=2, label=label)
-    left.set(xlabel="position of the token", ylabel="multiply-adds per head",
-             title=f"cost of a token, d = {d}, C = {SEGMENT}")  # fmt: skip
+    left.set(
+        xlabel="position of the token",
+        ylabel="multiply-adds per head",
+        title=f"cost of a token, d = {d}, C = {SEGMENT}",
+    )
     left.set_xticks([2**10, 2**14, 2**17, 2**20], ["1K", "16K", "128K", "1M"])
     sizes = [2**n for n in range(4, 12)]
     for label, products, style in (("linear", 1, "-"), ("dla, titans", 8, ":")):

@@ -32,11 +32,7 @@ def ask(model, tokenizer, cache: mc.MCCache, question: str, max_new_tokens: int)
     seen = torch.zeros(1, cache.get_seq_length(), dtype=ids.dtype, device=ids.device)  # stand for what was read
     mask = torch.ones(1, seen.shape[1] + ids.shape[1], dtype=ids.dtype, device=ids.device)
     out = model.generate(
-        torch.cat([seen, ids], 1),
-        attention_mask=mask,
-        cache=cache,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
+        torch.cat([seen, ids], 1), attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False
     )
     return tokenizer.decode(out[0, mask.shape[1] :], skip_special_tokens=True)
 

@@ -141,9 +141,7 @@ def _expected(model: PreTrainedModel, num_new: int = 4) -> dict[str, torch.Tenso
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     record = {"input_ids": ids, "output": model(ids)[0]}
     if model.can_generate():
-        record["generated"] = model.generate(
-            ids, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False
-        )
+        record["generated"] = model.generate(ids, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False)
     return record
 
 
@@ -160,12 +158,17 @@ def verify_bundle(folder: str | Path, model: PreTrainedModel) -> None:
         save_file(_expected(model.cpu()), Path(temporary) / "expected.safetensors")
         environment = os.environ | {  # as many threads: their number changes the order of sums, and so the last bits
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "HF_MODULES_CACHE": str(Path(temporary) / "modules"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
+            "HF_MODULES_CACHE": str(Path(temporary) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         run = subprocess.run(
             [sys.executable, "-c", _CHECK, str(place), auto_class_of(model), f"{temporary}/expected.safetensors"],
-            cwd=temporary, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=temporary,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     if run.returncode:
         raise RuntimeError(f"the bundle does not load on its own: {run.stderr.strip().splitlines()[-1]}")
     report = json.loads(run.stdout.splitlines()[-1])

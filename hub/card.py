@@ -118,14 +118,16 @@ def _usage(repo_id: str, auto_class: str, has_tokenizer: bool, has_code: bool) -
     load = f'model = {auto_class}.from_pretrained("{repo_id}"{trust})'
     if auto_class != "AutoModelForCausalLM" or not has_tokenizer:
         return "\n".join([*plugin, f"from transformers import {auto_class}", "", load])
-    return "\n".join([
-        *plugin,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})',
-        load,
-        'inputs = tokenizer("Memory caching", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *plugin,
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})',
+            load,
+            'inputs = tokenizer("Memory caching", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        ]
+    )
 
 
 def render(

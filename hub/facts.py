@@ -17,18 +17,31 @@ from ..kernels.write.delta import fla_rule
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "triton", "peft", "accelerate")
 LENGTHS = {"4K": 4096, "128K": 131072, "1M": 1048576}
 FIELDS = (
-    "memory", "aggregation", "segmentation", "segment_size", "state_init", "num_selected_segments", "gate_source",
-    "gate_function", "segment_summary", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "memory",
+    "aggregation",
+    "segmentation",
+    "segment_size",
+    "state_init",
+    "num_selected_segments",
+    "gate_source",
+    "gate_function",
+    "segment_summary",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
     "vocab_size",
-)  # fmt: skip
+)
 
 
 def table(rows: Iterable[tuple], header: tuple | None = None) -> str:
     """Columns of text, the first one left-aligned; with a header also a line under it."""
     rows = [tuple(map(str, row)) for row in ([header] if header else []) + list(rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
     if header:
         lines.insert(1, "─" * (sum(widths) + 2 * len(widths) - 2))
     return "\n".join(line.rstrip() for line in lines)

@@ -56,14 +56,27 @@ def push_to_hub(
     from .publish import upload
 
     if getattr(self, "_hf_peft_config_loaded", False):  # an adapter is not a repository of its own
-        options = dict(commit_message=commit_message, commit_description=commit_description, private=private,
-                       token=token, revision=revision, create_pr=create_pr, tags=tags)  # fmt: skip
+        options = dict(
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            tags=tags,
+        )
         return PreTrainedModel.push_to_hub(self, repo_id, **options)
     tags = [tags] if isinstance(tags, str) else tags or []
     metadata = Metadata(tags=list(dict.fromkeys([*(self.model_tags or []), *tags])))
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(self, folder, repo_id, max_shard_size=max_shard_size, metadata=metadata)
         return upload(
-            folder, repo_id, token=token, private=private, revision=revision, create_pr=create_pr,
-            commit_message=commit_message or "Upload model", commit_description=commit_description,
-        )  # fmt: skip
+            folder,
+            repo_id,
+            token=token,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+        )

@@ -85,8 +85,12 @@ def publish(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = bundle(
-            checkpoint, Path(temporary) / "bundle", repo_id,
-            max_shard_size=max_shard_size, metadata=metadata, results=results,
-        )  # fmt: skip
+            checkpoint,
+            Path(temporary) / "bundle",
+            repo_id,
+            max_shard_size=max_shard_size,
+            metadata=metadata,
+            results=results,
+        )
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         return files, None if dry_run else upload(folder, repo_id, **options)

@@ -141,9 +141,7 @@ class MCCacheLayer(CacheLayerMixin):
             differ = [f"{k}={self.signature[k]!r}, here {v!r}" for k, v in signature.items() if self.signature[k] != v]
             raise ValueError(f"`cache` was filled by another model ({'; '.join(differ)}): use a new cache")
         if self.position.shape[0] != batch_size:
-            raise ValueError(
-                f"`cache` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}"
-            )
+            raise ValueError(f"`cache` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}")
         self._fetch()
 
     def _fetch(self) -> None:

@@ -16,9 +16,20 @@ FILE = "memory.safetensors"
 FORMAT = 1
 # config entries that do not change what a model writes into its memory
 IRRELEVANT = {
-    "_name_or_path", "architectures", "auto_map", "dtype", "mc_backend", "transformers_version", "use_cache",
-    "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states", "tie_word_embeddings",
-}  # fmt: skip
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "mc_backend",
+    "transformers_version",
+    "use_cache",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "output_hidden_states",
+    "tie_word_embeddings",
+}
 SAMPLES = 256  # values per parameter that enter the fingerprint
 
 

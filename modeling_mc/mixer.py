@@ -24,10 +24,20 @@ from .segments import SegmentTable
 
 # a cache is refused by a model that differs from the one that filled it in any of these
 CACHE_FIELDS = (
-    "memory", "aggregation", "segmentation", "segment_size", "state_init", "gate_source", "segment_summary",
-    "summaries_per_segment", "memory_chunk_size", "memory_expansion", "conv_kernel_size", "max_cached_segments",
+    "memory",
+    "aggregation",
+    "segmentation",
+    "segment_size",
+    "state_init",
+    "gate_source",
+    "segment_summary",
+    "summaries_per_segment",
+    "memory_chunk_size",
+    "memory_expansion",
+    "conv_kernel_size",
+    "max_cached_segments",
     "vector_read",
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -48,9 +58,7 @@ class Projected:
 
     def at(self, time: int | slice) -> "Projected":
         """The same for one token or a range of tokens."""
-        q, k, v, u, source = (
-            None if x is None else x[:, time] for x in (self.q, self.k, self.v, self.u, self.source)
-        )
+        q, k, v, u, source = (None if x is None else x[:, time] for x in (self.q, self.k, self.v, self.u, self.source))
         return Projected(q, k, v, u, source, {name: gate[:, time] for name, gate in self.gates.items()})
 
 
@@ -107,9 +115,12 @@ class MCMixer(nn.Module):
         self.o_norm = make_output_norm(config)
         self.o_proj = nn.Linear(values, width, bias=False)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
-            "heads": self.num_heads, "key_heads": self.num_key_heads, "key_dim": self.key_dim,
-            "value_dim": self.value_dim, "hidden_size": width,
-        }  # fmt: skip
+            "heads": self.num_heads,
+            "key_heads": self.num_key_heads,
+            "key_dim": self.key_dim,
+            "value_dim": self.value_dim,
+            "hidden_size": width,
+        }
 
     # ------------------------------------------------------------------------------------------------------ project
     def _convolved(self, name: str, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:

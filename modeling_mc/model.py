@@ -39,9 +39,7 @@ from .segments import SegmentTable
 logger = logging.get_logger(__name__)
 
 # what PEFT should target: every projection of the mixers, attention layers and MLPs
-MC_LORA_TARGETS = [
-    "q_proj", "k_proj", "v_proj", "u_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-]  # fmt: skip
+MC_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "u_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class MCMLP(nn.Module):

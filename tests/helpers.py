@@ -12,9 +12,17 @@ from mc_transformers.modeling_mc.memories import MEMORIES
 
 VOCAB = 61
 SMALL = {
-    "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "head_dim": 8, "segment_size": 8, "memory_chunk_size": 4, "memory_expansion": 2, "num_selected_segments": 2,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "segment_size": 8,
+    "memory_chunk_size": 4,
+    "memory_expansion": 2,
+    "num_selected_segments": 2,
+}
 
 
 MEMORY_NAMES = list(MEMORIES)
@@ -63,9 +71,10 @@ def family(**axes: list) -> list[dict]:
     fields = {name: CHOICES[name] for name in ("aggregation", "state_init", "segmentation")}
     every = combinations(**{"memory": MEMORY_NAMES, **fields} | axes)
     return [
-        x for x in every
+        x
+        for x in every
         if x["aggregation"] != "none" or (x["state_init"], x["segmentation"]) == ("independent", "constant")
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()

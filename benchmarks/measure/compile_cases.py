@@ -6,35 +6,17 @@ from functools import partial
 
 import torch
 
-from mc_transformers.kernels.read import (
-    deep_constant_triton as triton_deep_constant_read,
-)
-from mc_transformers.kernels.read import (
-    deep_selected_triton as triton_deep_selected_read,
-)
-from mc_transformers.kernels.read import (
-    deep_triton as triton_deep_read,
-)
-from mc_transformers.kernels.read import (
-    route_triton as triton_segment_route,
-)
-from mc_transformers.kernels.read import (
-    segment_triton as triton_segment_read,
-)
-from mc_transformers.kernels.read import (
-    selected_triton as triton_selected_read,
-)
+from mc_transformers.kernels.read import deep_constant_triton as triton_deep_constant_read
+from mc_transformers.kernels.read import deep_selected_triton as triton_deep_selected_read
+from mc_transformers.kernels.read import deep_triton as triton_deep_read
+from mc_transformers.kernels.read import route_triton as triton_segment_route
+from mc_transformers.kernels.read import segment_triton as triton_segment_read
+from mc_transformers.kernels.read import selected_triton as triton_selected_read
 from mc_transformers.kernels.shared.deep import ANSWER
 from mc_transformers.kernels.shared.ops import WIDEST, WIDEST_DEEP
-from mc_transformers.kernels.step import (
-    decode_triton as triton_decode_step,
-)
-from mc_transformers.kernels.step import (
-    slot_triton as triton_slot_write,
-)
-from mc_transformers.kernels.step import (
-    state_triton as triton_state_step,
-)
+from mc_transformers.kernels.step import decode_triton as triton_decode_step
+from mc_transformers.kernels.step import slot_triton as triton_slot_write
+from mc_transformers.kernels.step import state_triton as triton_state_step
 from mc_transformers.kernels.write import deep_triton as triton_deep_write
 from mc_transformers.kernels.write import linear_triton as triton_linear_write
 
@@ -101,9 +83,7 @@ def decode_step(
     index = empty(ROWS, HEADS, TOP_K, dtype=torch.int64) if given else None
     for top_k in (0, TOP_K):
         chosen = index if top_k else None
-        triton_decode_step.forward(
-            q, u, online, logit, states, scale, summaries, visible, chosen, top_k, function
-        )  # fmt: skip
+        triton_decode_step.forward(q, u, online, logit, states, scale, summaries, visible, chosen, top_k, function)
 
 
 def state_step(width: int, dtype: torch.dtype) -> None:

@@ -44,9 +44,13 @@ CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": 
 # bytes of shared memory that one program may use
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int8: "*i8", torch.int32: "*i32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
-}  # fmt: skip
+}
 
 
 @dataclass

@@ -51,9 +51,15 @@ OTHERS = {"memory-caching": "memory_caching", "titans-pytorch": "titans_pytorch"
 
 def _config(memory: str, aggregation: str, **fields) -> MCConfig:
     return MCConfig(
-        hidden_size=WIDTH, num_attention_heads=HEADS, num_hidden_layers=1, segment_size=SEGMENT,
-        num_selected_segments=TOP_K, memory=memory, aggregation=aggregation, **fields,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        segment_size=SEGMENT,
+        num_selected_segments=TOP_K,
+        memory=memory,
+        aggregation=aggregation,
+        **fields,
+    )
 
 
 class Ours(nn.Module):
@@ -89,9 +95,16 @@ def memory_caching_layer(memory: str, aggregation: str) -> nn.Module:
         memory_width=hidden, inner_update_mode="differentiable", update_convention="gradient_descent"
     )
     config = package.MCConfig(
-        d_model=WIDTH, num_heads=HEADS, backend=memory, aggregation=aggregation, segment_size=SEGMENT,
-        state_init_mode="restart", ssc_top_k=TOP_K, dla=dla, titans=titans,
-    )  # fmt: skip
+        d_model=WIDTH,
+        num_heads=HEADS,
+        backend=memory,
+        aggregation=aggregation,
+        segment_size=SEGMENT,
+        state_init_mode="restart",
+        ssc_top_k=TOP_K,
+        dla=dla,
+        titans=titans,
+    )
     backends = {
         "linear": package.LinearMemoryBackend,
         "dla": lambda: package.DLABackend(dla),
@@ -241,11 +254,16 @@ def machine(threads: int) -> dict:
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "../../kernels", "../../modeling_mc"]).returncode
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}", "threads": threads,
-        "python": platform.python_version(), **versions, "commit": commit + ("+changes" if changed else ""),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": threads,
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit + ("+changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load before the run": round(os.getloadavg()[0], 2),
-    }  # fmt: skip
+    }
 
 
 def missing_package(name: str) -> str | None:
@@ -296,10 +314,12 @@ def ratios(results: dict) -> dict[str, float]:
     time_of = {(r["case"], r["length"]): r["ms"] for r in results["layer"] if r["pass"] == PASSES[1]}
     mib_of = {(r["case"], r["length"]): r["mib"] for r in results["memory"]}
     pairs = [
-        *((f"memory-caching: {ours.removesuffix(', bare')}", ours, f" (at least {least})", " (at least 2)")
-          for ours, least in (("linear grm", 30), ("linear grm, bare", 30), ("dla grm", 15), ("titans ssc", 15))),
+        *(
+            (f"memory-caching: {ours.removesuffix(', bare')}", ours, f" (at least {least})", " (at least 2)")
+            for ours, least in (("linear grm", 30), ("linear grm, bare", 30), ("dla grm", 15), ("titans ssc", 15))
+        ),
         ("titans-pytorch: NeuralMemory", "titans ssc", "", ""),
-    ]  # fmt: skip
+    ]
     found = {}
     for theirs, ours, least_time, least_memory in pairs:
         for what, table, target in (("time", time_of, least_time), ("memory", mib_of, least_memory)):

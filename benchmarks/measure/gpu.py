@@ -191,9 +191,16 @@ def memory_peak() -> dict:
 # ---------------------------------------------------------------------------------------------------------- layers
 def config_of(memory: str, aggregation: str, backend: str, dim: int) -> MCConfig:
     return MCConfig(
-        hidden_size=HEADS * dim, num_attention_heads=HEADS, num_hidden_layers=1, segment_size=SEGMENT, memory=memory,
-        num_selected_segments=TOP_K, aggregation=aggregation, mc_backend=backend, memory_chunk_size=min(16, SEGMENT),
-    )  # fmt: skip
+        hidden_size=HEADS * dim,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        segment_size=SEGMENT,
+        memory=memory,
+        num_selected_segments=TOP_K,
+        aggregation=aggregation,
+        mc_backend=backend,
+        memory_chunk_size=min(16, SEGMENT),
+    )
 
 
 class Layer(nn.Module):
@@ -255,9 +262,14 @@ def peak_memory(reset: bool = False) -> int:
 
 
 LAYERS = (
-    ("linear", "grm"), ("linear", "ssc"), ("linear", "none"), ("gated_linear", "ssc"),
-    ("dla", "grm"), ("titans", "grm"), ("titans", "ssc"),
-)[:: 6 if SMOKE else 1]  # fmt: skip
+    ("linear", "grm"),
+    ("linear", "ssc"),
+    ("linear", "none"),
+    ("gated_linear", "ssc"),
+    ("dla", "grm"),
+    ("titans", "grm"),
+    ("titans", "ssc"),
+)[:: 6 if SMOKE else 1]
 
 
 def layer_cases() -> Iterator[Case]:
@@ -266,10 +278,11 @@ def layer_cases() -> Iterator[Case]:
             shape = {"length": length, "pass": "forward+backward" if backward else "forward"}
             for dim in sorted({DIM, DEEP_DIM}):
                 yield Case(
-                    "layer", "attention",
+                    "layer",
+                    "attention",
                     lambda d=dim, n=length, b=backward: time_layer(lambda: Attention(d), d, n, b),
                     shape | {"head_dim": dim},
-                )  # fmt: skip
+                )
             for memory, aggregation in LAYERS:
                 dim = DEEP_DIM if memory in ("dla", "titans") else DIM
                 for backend in ("triton", "torch"):
@@ -279,10 +292,11 @@ def layer_cases() -> Iterator[Case]:
                         continue
                     kind = (memory, aggregation, backend, dim)
                     yield Case(
-                        "layer", f"{memory} {aggregation}",
+                        "layer",
+                        f"{memory} {aggregation}",
                         lambda k=kind, n=length, b=backward: time_layer(lambda: Layer(*k), k[-1], n, b),
                         shape | {"head_dim": dim, "backend": backend},
-                    )  # fmt: skip
+                    )
 
 
 # ---------------------------------------------------------------------------------------------------------- decode
@@ -347,9 +361,11 @@ def decode_cases() -> Iterator[Case]:
                 for memory, aggregation, backend in kinds:
                     kind = (memory, aggregation, backend)
                     yield Case(
-                        "decode", f"{memory} {aggregation}", lambda k=kind, p=place: time_decoding(*k, *p),
+                        "decode",
+                        f"{memory} {aggregation}",
+                        lambda k=kind, p=place: time_decoding(*k, *p),
                         shape | {"backend": backend},
-                    )  # fmt: skip
+                    )
 
 
 def every_case() -> list[Case]:
@@ -376,10 +392,13 @@ def machine() -> dict:
             continue
     device = "cpu, interpreted" if SMOKE else torch.cuda.get_device_name()
     return {
-        "device": device, **versions, "cuda": torch.version.cuda, "python": platform.python_version(),
+        "device": device,
+        **versions,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
         "commit": commit + ("+changes" if changed else ""),
         "date": datetime.now(timezone.utc).isoformat("T", "seconds"),
-    }  # fmt: skip
+    }
 
 
 def save(path: Path, found: dict) -> None:

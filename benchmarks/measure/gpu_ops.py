@@ -84,9 +84,11 @@ def write_op(size: Size) -> Op:
     initial = randn(size.rows, size.heads, size.dim, size.value) / 4
     tokens = size.rows * size.num * size.width * size.heads
     return Op(
-        lambda backend, *x: linear_write(*x, None, True, backend), [q, k, v, log_decay, initial], (0, 1, 2),
+        lambda backend, *x: linear_write(*x, None, True, backend),
+        [q, k, v, log_decay, initial],
+        (0, 1, 2),
         tokens * (32 * (size.dim + size.value) + 2 * size.dim * size.value),
-    )  # fmt: skip
+    )
 
 
 def _memories(size: Size) -> tuple[torch.Tensor, ...]:
@@ -106,15 +108,15 @@ def read_op(size: Size) -> Op:
     q, u = unit(randn(*size.grid, size.dim)), randn(*size.grid, size.dim) / 4
     return Op(
         lambda backend, *x: segment_read(*x, "softmax", backend),
-        [q, u, states, summaries, randn(*size.grid), birth, first], (0, 1, 2), size.pairs * size.dim * size.value,
-    )  # fmt: skip
+        [q, u, states, summaries, randn(*size.grid), birth, first],
+        (0, 1, 2),
+        size.pairs * size.dim * size.value,
+    )
 
 
 def route_op(size: Size) -> Op:
     inputs = [randn(*size.grid, size.dim), *_memories(size)[1:]]
-    return Op(
-        lambda backend, *x: segment_route(*x, size.top_k, backend), inputs, (0,), size.pairs * size.dim
-    )  # fmt: skip
+    return Op(lambda backend, *x: segment_route(*x, size.top_k, backend), inputs, (0,), size.pairs * size.dim)
 
 
 def selected_op(size: Size) -> Op:
@@ -217,9 +219,10 @@ def deep_read_op(size: Size) -> Op:
     q, u = randn(*size.grid, size.dim), randn(*size.grid, size.dim) / 4
     return Op(
         lambda backend, *x: deep_read(*x, "softmax", backend),
-        [q, u, *maps, summaries, randn(*size.grid), *_norm(size), birth, first], (0, 1, 2, 3),
+        [q, u, *maps, summaries, randn(*size.grid), *_norm(size), birth, first],
+        (0, 1, 2, 3),
         size.pairs * 2 * size.dim * EXPANSION * size.dim,
-    )  # fmt: skip
+    )
 
 
 def deep_constant_op(size: Size) -> Op:
@@ -228,9 +231,10 @@ def deep_constant_op(size: Size) -> Op:
     visible = birth[:, None, :] <= torch.arange(size.num, device=DEVICE)[:, None]
     return Op(
         lambda backend, *x: deep_constant_read(*x, backend),
-        [randn(*size.grid, size.dim), *maps, *_norm(size), visible], (0, 1, 2),
+        [randn(*size.grid, size.dim), *maps, *_norm(size), visible],
+        (0, 1, 2),
         size.pairs * 2 * size.dim * EXPANSION * size.dim,
-    )  # fmt: skip
+    )
 
 
 def deep_selected_op(size: Size) -> Op:
@@ -240,9 +244,10 @@ def deep_selected_op(size: Size) -> Op:
     maps = _deep_maps(size, (size.rows, size.memories, size.heads))
     return Op(
         lambda backend, q, w, *x: deep_selected_read(q, w * (index >= 0), *x, index, backend),
-        [randn(*size.grid, size.dim), weights, *maps, *_norm(size)], (0, 2, 3),
+        [randn(*size.grid, size.dim), weights, *maps, *_norm(size)],
+        (0, 2, 3),
         index.numel() * 2 * size.dim * EXPANSION * size.dim,
-    )  # fmt: skip
+    )
 
 
 DEEP: dict[str, Callable[[Size], Op]] = {

@@ -66,9 +66,15 @@ def reads(memory: str) -> dict[str, dict]:
 
 
 RECALL = {
-    "seq_len": 128, "pairs": 32, "vocab": 128, "width": 16, "batch": 16, "steps": 2000, "eval_every": 250,
+    "seq_len": 128,
+    "pairs": 32,
+    "vocab": 128,
+    "width": 16,
+    "batch": 16,
+    "steps": 2000,
+    "eval_every": 250,
     "test_size": 256,
-}  # fmt: skip
+}
 
 
 def mqar() -> list[Cell]:
@@ -208,9 +214,19 @@ def language_8m() -> list[Cell]:
 def mqar_512() -> list[Cell]:
     """The largest published setting of the task (arXiv 2312.04927): 64 pairs in 512 tokens, width 64. For a GPU."""
     size = {
-        "seq_len": 512, "pairs": 64, "vocab": 8192, "width": 64, "segment_size": 32, "batch": 128, "steps": 10_000,
-        "eval_every": 1000, "test_size": 3000, "weight_decay": 0.1, "schedule": "cosine", "device": "cuda",
-    }  # fmt: skip
+        "seq_len": 512,
+        "pairs": 64,
+        "vocab": 8192,
+        "width": 64,
+        "segment_size": 32,
+        "batch": 128,
+        "steps": 10_000,
+        "eval_every": 1000,
+        "test_size": 3000,
+        "weight_decay": 0.1,
+        "schedule": "cosine",
+        "device": "cuda",
+    }
     cells = [
         Cell(f"{memory} {name}", "recall", size | {"memory": memory} | read, (2.2e-3, 1e-2), seeds=5)
         for memory in ("linear", "swla", "gated_delta", "dla", "titans")
@@ -223,9 +239,17 @@ def mqar_512() -> list[Cell]:
 def language_30m() -> list[Cell]:
     """The models of `language` with about 30M parameters, on sequences of 2048 bytes. For a GPU."""
     larger = {
-        "layers": 10, "width": 512, "heads": 8, "segment_size": 256, "train_length": 2048, "eval_length": 16384,
-        "batch": 32, "steps": 3000, "init_std": 0.02, "device": "cuda",
-    }  # fmt: skip
+        "layers": 10,
+        "width": 512,
+        "heads": 8,
+        "segment_size": 256,
+        "train_length": 2048,
+        "eval_length": 16384,
+        "batch": 32,
+        "steps": 3000,
+        "init_std": 0.02,
+        "device": "cuda",
+    }
     cells = []
     for cell in language():
         settings = cell.settings | larger | {"mlp_width": 8 * cell.settings.get("mlp_width", 128)}
@@ -236,8 +260,18 @@ def language_30m() -> list[Cell]:
 
 
 STUDIES: dict[str, Callable[[], list[Cell]]] = {
-    study.__name__: study for study in (
-        mqar, mqar_64, mqar_256, vectors, ablations, needle, language, language_1024, language_8m, mqar_512,
+    study.__name__: study
+    for study in (
+        mqar,
+        mqar_64,
+        mqar_256,
+        vectors,
+        ablations,
+        needle,
+        language,
+        language_1024,
+        language_8m,
+        mqar_512,
         language_30m,
     )
 }
@@ -289,10 +323,14 @@ def run(study: str, cell: Cell, settings: dict, code: str, progress: bool) -> di
     """Trains once; the record says what ran, where, and how it ended. `code` is the commit."""
     config_type, train = TASKS[cell.task]
     record = {
-        "study": study, "cell": cell.name, "task": cell.task, "settings": settings, "commit": code,
+        "study": study,
+        "cell": cell.name,
+        "task": cell.task,
+        "settings": settings,
+        "commit": code,
         "command": f"python -m benchmarks.measure.study {study} --cells '{cell.name}' --seeds {settings['seed']}",
         "machine": machine(settings),
-    }  # fmt: skip
+    }
     try:
         return record | train(config_type(**settings), progress=progress)
     except (RuntimeError, ValueError) as error:

@@ -256,8 +256,9 @@ def late(rules: dict[str, list[dict]], part: str) -> str:
         if plain is None or not means:
             continue
         gaps = sorted((loss - plain, rule) for rule, loss in means.items())
-        better, worse = ([f"{rule} ({gap:+.3f})" for gap, rule in gaps if (gap < 0) == wanted]
-                         for wanted in (True, False))  # fmt: skip
+        better, worse = (
+            [f"{rule} ({gap:+.3f})" for gap, rule in gaps if (gap < 0) == wanted] for wanted in (True, False)
+        )
         sentences.append(
             f"In bytes {part}, where caching should help, below the loss of `none{memory}`: "
             f"{', '.join(better) or 'nothing'}; not below: {', '.join(worse) or 'nothing'}."
@@ -302,8 +303,10 @@ def cost() -> list[str | Figure]:
     tables += [per_token_table("peak memory of training, KiB per token", per_token(rows))]
     if results["decode"]:
         fields = [key for key in results["decode"][0] if key != "case"]
-        rows = [[row["case"], *(f"{row[key]:.2f}" if "ms" in key else str(row[key]) for key in fields)]
-                for row in results["decode"]]  # fmt: skip
+        rows = [
+            [row["case"], *(f"{row[key]:.2f}" if "ms" in key else str(row[key]) for key in fields)]
+            for row in results["decode"]
+        ]
         tables += [markdown(["decoding, one layer, one row", *fields], rows)]
     about = (
         "One layer (width 256, 4 heads, segments of 64, k = 2, fp32, batch 1) alone: time of forward and backward "

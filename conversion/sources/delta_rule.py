@@ -20,9 +20,22 @@ def hybrid_fields(found: dict, norm_eps: float) -> dict:
         refuse("other kinds of layers (layer_types)", sorted(unknown), ", ".join(LAYER_TYPES))
     if found.get("hidden_act", "silu") != "silu":
         refuse("another activation (hidden_act)", found["hidden_act"], "'silu'")
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-            "attention_bias", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_bias",
+        "attention_dropout",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
     return {name: found[name] for name in same if name in found} | {
         "head_dim": found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
         "layer_types": [LAYER_TYPES[kind] for kind in found["layer_types"]],

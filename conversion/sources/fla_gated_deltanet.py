@@ -15,8 +15,13 @@ from .fla import BLOCK_RULES, LAYER, OURS, block_fields
 
 
 DEFAULTS = {  # the library's
-    "num_heads": 6, "head_dim": 256, "expand_v": 2.0, "num_hidden_layers": 21, "conv_size": 4, "norm_eps": 1e-6,
-}  # fmt: skip
+    "num_heads": 6,
+    "head_dim": 256,
+    "expand_v": 2.0,
+    "num_hidden_layers": 21,
+    "conv_size": 4,
+    "norm_eps": 1e-6,
+}
 
 
 def make_config(found: dict) -> dict:

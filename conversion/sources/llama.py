@@ -21,10 +21,23 @@ from ..convert import Source, keep, refuse
 
 
 SAME = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
-    "attention_bias", "attention_dropout", "mlp_bias", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 
 
 def _is_qwen2(found: dict) -> bool:
@@ -38,13 +51,17 @@ def make_config(found: dict) -> dict:
     if set(layer_types) != {"full_attention"}:
         refuse("attention layers of another kind (layer_types)", sorted(set(layer_types)), "full_attention")
     biases = {"attention": "llama", "attention_bias": True} if _is_qwen2(found) else {"attention": found["model_type"]}
-    return {name: found[name] for name in SAME if name in found} | biases | {
-        "head_dim": found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
-        "layer_types": layer_types,
-        "memory": "gated_linear",
-        "conv_kernel_size": 0,
-        "use_output_gate": False,
-    }
+    return (
+        {name: found[name] for name in SAME if name in found}
+        | biases
+        | {
+            "head_dim": found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
+            "layer_types": layer_types,
+            "memory": "gated_linear",
+            "conv_kernel_size": 0,
+            "use_output_gate": False,
+        }
+    )
 
 
 def _bias_targets(match: re.Match, found: dict) -> list[str]:

@@ -16,13 +16,26 @@ def _heads(found: dict) -> int:
 # defaults of the authors' layer, and values that change no logits
 LAYER_DEFAULTS = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1}
 INITIAL = (
-    "A_init_range", "dt_min", "dt_max", "dt_init_floor", "conv_init", "chunk_size", "use_mem_eff_path", "layer_idx",
-)  # fmt: skip
+    "A_init_range",
+    "dt_min",
+    "dt_max",
+    "dt_init_floor",
+    "conv_init",
+    "chunk_size",
+    "use_mem_eff_path",
+    "layer_idx",
+)
 # what else the authors' config may say, and the only values that Transformers' Mamba-2 has
 LAYER_FIXED = {
-    "layer": ("Mamba2",), "d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,),
-    "conv_bias": (True, False), "bias": (False,), "dt_limit": ([0.0, float("inf")],),
-}  # fmt: skip
+    "layer": ("Mamba2",),
+    "d_ssm": (None,),
+    "D_has_hdim": (False,),
+    "rmsnorm": (True,),
+    "norm_before_gate": (False,),
+    "conv_bias": (True, False),
+    "bias": (False,),
+    "dt_limit": ([0.0, float("inf")],),
+}
 MODEL_FIXED = {"rms_norm": (True,), "d_intermediate": (0,), "attn_layer_idx": ([], None)}
 
 

@@ -26,12 +26,13 @@ def make_config(found: dict) -> dict:
 # attention layers like the second of the others
 NORMS = {
     "linear_attention": {
-        "attention_layer_norm": 1, "input_layernorm": 1, "feedforward_layer_norm": 2, "post_attention_layernorm": 2,
+        "attention_layer_norm": 1,
+        "input_layernorm": 1,
+        "feedforward_layer_norm": 2,
+        "post_attention_layernorm": 2,
     },
-    "full_attention": {
-        "post_attention_layernorm": 1, "feedforward_layer_norm": 1, "post_feedforward_layernorm": 2,
-    },
-}  # fmt: skip
+    "full_attention": {"post_attention_layernorm": 1, "feedforward_layer_norm": 1, "post_feedforward_layernorm": 2},
+}
 
 
 def _norms(match: re.Match, found: dict) -> list[str]:

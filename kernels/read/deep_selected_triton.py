@@ -27,11 +27,25 @@ from .selected_triton import sum_rows
 
 @triton.jit
 def _tile_kernel(
-    q, weights, w2, w1, scale, shift, memory, source, out,
-    top_k, heads,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
+    q,
+    weights,
+    w2,
+    w1,
+    scale,
+    shift,
+    memory,
+    source,
+    out,
+    top_k,
+    heads,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """`out[pair] = weight * M(q)`. Programs: tiles."""
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -54,11 +68,29 @@ def _tile_kernel(
 
 @triton.jit
 def _tile_backward_kernel(
-    grad_out, q, weights, w2, w1, scale, shift, memory, source, grad_rows, grad_weights, grad_r, grad_scale,
-    top_k, heads,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
+    grad_out,
+    q,
+    weights,
+    w2,
+    w1,
+    scale,
+    shift,
+    memory,
+    source,
+    grad_rows,
+    grad_weights,
+    grad_r,
+    grad_scale,
+    top_k,
+    heads,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of q and weights (a row per pair), of r (per slot) and of the scale (per tile). Programs: tiles."""
     tile = tl.cast(tl.program_id(0), tl.int64)
     o_d, slot = tl.arange(0, BD), tile * BT + tl.arange(0, BT)
@@ -91,11 +123,25 @@ def _tile_backward_kernel(
 
 @triton.jit
 def _maps_backward_kernel(
-    q, w2, w1, borders, source, grad_r, tile_scale, grad_w2, grad_w1, grad_scale,
+    q,
+    w2,
+    w1,
+    borders,
+    source,
+    grad_r,
+    tile_scale,
+    grad_w2,
+    grad_w1,
+    grad_scale,
     top_k,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of one memory from all of its tiles, in order. Programs: (memory, block of BH hidden units)."""
     blocks = (H + BH - 1) // BH
     memory, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -137,14 +183,23 @@ class _Pairs:
         self.heads, self.dim, self.top_k = q.shape[3], q.shape[4], index.shape[-1]
         self.has_norm = scale is not None
         self.meta = sizes_of(self.w2) | {
-            "BT": self.tiles.size, "NORM": self.has_norm, "PRECISION": dot_precision(self.q),
-        }  # fmt: skip
+            "BT": self.tiles.size,
+            "NORM": self.has_norm,
+            "PRECISION": dot_precision(self.q),
+        }
         self.config = [({}, warps_of(self.w2), 2)]
         self.args = {
-            "q": self.q, "weights": self.weights, "w2": self.w2, "w1": self.w1, "scale": scale,
-            "shift": shift, "memory": self.tiles.memory, "source": self.source, "top_k": self.top_k,
+            "q": self.q,
+            "weights": self.weights,
+            "w2": self.w2,
+            "w1": self.w1,
+            "scale": scale,
+            "shift": shift,
+            "memory": self.tiles.memory,
+            "source": self.source,
+            "top_k": self.top_k,
             "heads": self.heads,
-        }  # fmt: skip
+        }
 
     def answers(self) -> torch.Tensor:
         rows = self.q.new_empty(self.index.numel(), self.dim)
@@ -159,18 +214,29 @@ class _Pairs:
         grad_r = self.q.new_empty(self.source.numel(), self.dim)
         tile_scale = self.weights.new_empty(self.tiles.num, self.dim) if self.has_norm else None
         args = self.args | {
-            "grad_out": grad_out, "grad_rows": rows, "grad_weights": grad_weights, "grad_r": grad_r,
+            "grad_out": grad_out,
+            "grad_rows": rows,
+            "grad_weights": grad_weights,
+            "grad_r": grad_r,
             "grad_scale": tile_scale,
-        }  # fmt: skip
+        }
         meta = self.meta | backward_sizes(self.w2)
         launch(_tile_backward_kernel, lambda _: (self.tiles.num,), args, meta, self.config)
         grad_w2, grad_w1 = (torch.empty_like(w, dtype=torch.float32) for w in (self.w2, self.w1))
         grad_scale = self.weights.new_empty(*self.w2.shape[:3], self.dim) if self.has_norm else None
         args = {
-            "q": self.q, "w2": self.w2, "w1": self.w1, "borders": self.tiles.borders, "source": self.source,
-            "grad_r": grad_r, "tile_scale": tile_scale, "grad_w2": grad_w2, "grad_w1": grad_w1,
-            "grad_scale": grad_scale, "top_k": self.top_k,
-        }  # fmt: skip
+            "q": self.q,
+            "w2": self.w2,
+            "w1": self.w1,
+            "borders": self.tiles.borders,
+            "source": self.source,
+            "grad_r": grad_r,
+            "tile_scale": tile_scale,
+            "grad_w2": grad_w2,
+            "grad_w1": grad_w1,
+            "grad_scale": grad_scale,
+            "top_k": self.top_k,
+        }
         grid = (self.w2.shape[:3].numel() * triton.cdiv(meta["H"], meta["BH"]),)
         launch(_maps_backward_kernel, lambda _: grid, args, meta, self.config)
         return sum_rows(rows, self.index), grad_weights, grad_w2, grad_w1, grad_scale
@@ -190,10 +256,4 @@ def backward(grad_out, q, weights, w2, w1, scale, shift, index):
     else:
         total = pairs.weights.sum(-1, keepdim=True)
         norm = grad_scale.sum((0, 1)).to(scale.dtype), (total * grad_out.float()).sum((0, 1, 2)).to(shift.dtype)
-    return (
-        grad_q.to(q.dtype),
-        grad_weights.to(weights.dtype),
-        grad_w2.to(w2.dtype),
-        grad_w1.to(w1.dtype),
-        *norm,
-    )
+    return (grad_q.to(q.dtype), grad_weights.to(weights.dtype), grad_w2.to(w2.dtype), grad_w1.to(w1.dtype), *norm)

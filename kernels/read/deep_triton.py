@@ -43,11 +43,28 @@ def _place(begin, count, num, width, heads, BT: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _read_kernel(
-    q, w2, w1, gates, scale, shift, first, out,
-    begin, count, num, width, heads, memories,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
+    q,
+    w2,
+    w1,
+    gates,
+    scale,
+    shift,
+    first,
+    out,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Programs: (row, head) x (query segment, last first; tile of BT tokens)."""
     group, row, head, segment, local, slot = _place(begin, count, num, width, heads, BT)
     o_t, o_d = tl.arange(0, BT), tl.arange(0, BD)
@@ -75,11 +92,33 @@ def _read_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _read_backward_kernel(
-    grad_out, q, w2, w1, gates, scale, shift, first, grad_q, grad_gates, shared, grad_r, grad_norm,
-    begin, count, num, width, heads, memories,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, NORM: tl.constexpr,
+    grad_out,
+    q,
+    w2,
+    w1,
+    gates,
+    scale,
+    shift,
+    first,
+    grad_q,
+    grad_gates,
+    shared,
+    grad_r,
+    grad_norm,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    NORM: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Also leaves the gradient of r `[G, S, T, D]`, of every token the sum of gate x its gradient in `shared`, and of
     every program what it gives to scale and shift. Programs as above."""
     group, row, head, segment, local, slot = _place(begin, count, num, width, heads, BT)
@@ -131,10 +170,25 @@ def _read_backward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _maps_backward_kernel(
-    q, grad_r, w2, w1, grad_w2, grad_w1,
-    begin, count, num, width, heads, memories,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    grad_r,
+    w2,
+    w1,
+    grad_w2,
+    grad_w1,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Adds what one block of query segments gives. Programs: (row, head) x (memory, block of BH hidden units)."""
     blocks = (H + BH - 1) // BH
     group = tl.cast(tl.program_id(0) // (memories * blocks), tl.int64)
@@ -180,9 +234,16 @@ class DeepRead:
 
     def _args(self, gates: torch.Tensor, begin: int, count: int) -> dict:
         return self.sizes | {
-            "q": self.q, "w2": self.w2, "w1": self.w1, "gates": gates, "scale": self.scale, "shift": self.shift,
-            "first": self.first, "begin": begin, "count": count,
-        }  # fmt: skip
+            "q": self.q,
+            "w2": self.w2,
+            "w1": self.w1,
+            "gates": gates,
+            "scale": self.scale,
+            "shift": self.shift,
+            "first": self.first,
+            "begin": begin,
+            "count": count,
+        }
 
     def read(self, out: torch.Tensor, gates: torch.Tensor, begin: int, count: int) -> None:
         args = self._args(gates, begin, count) | {"out": out}
@@ -207,9 +268,13 @@ class DeepRead:
         programs = self.groups * count * self.tiles
         grad_norm = gates.new_empty(programs, 2, self.dim) if self.has_norm else None
         args = self._args(gates, begin, count) | {
-            "grad_out": self.grad_out, "grad_q": self.grad_q, "grad_gates": grad_gates, "shared": shared,
-            "grad_r": grad_r, "grad_norm": grad_norm,
-        }  # fmt: skip
+            "grad_out": self.grad_out,
+            "grad_q": self.grad_q,
+            "grad_gates": grad_gates,
+            "shared": shared,
+            "grad_r": grad_r,
+            "grad_norm": grad_norm,
+        }
         meta = self.meta | backward_sizes(self.w2)
         config = [({"BT": self.tile}, 8, 2)]  # with 4 warps it spills
         launch(_read_backward_kernel, lambda _: (programs,), args, meta | {"NORM": self.has_norm}, config)
@@ -218,9 +283,15 @@ class DeepRead:
             self.grad_scale += per_head[:, 0]
             self.grad_shift += per_head[:, 1]
         args = self.sizes | {
-            "q": self.q, "grad_r": grad_r, "w2": self.w2, "w1": self.w1, "grad_w2": self.grad_w2,
-            "grad_w1": self.grad_w1, "begin": begin, "count": count,
-        }  # fmt: skip
+            "q": self.q,
+            "grad_r": grad_r,
+            "w2": self.w2,
+            "w1": self.w1,
+            "grad_w2": self.grad_w2,
+            "grad_w1": self.grad_w1,
+            "begin": begin,
+            "count": count,
+        }
         grid = (self.groups * self.memories * triton.cdiv(meta["H"], meta["BH"]),)
         launch(_maps_backward_kernel, lambda _: grid, args, meta, self.config, ("grad_w2", "grad_w1"))
         return grad_gates[None], shared[None]
@@ -247,9 +318,22 @@ def forward(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, f
 
 
 def backward(
-    grad_out, grad_online, saved_out, saved_online, q, u, w2, w1, summaries, online_logit, scale, shift, birth, first,
+    grad_out,
+    grad_online,
+    saved_out,
+    saved_online,
+    q,
+    u,
+    w2,
+    w1,
+    summaries,
+    online_logit,
+    scale,
+    shift,
+    birth,
+    first,
     function,
-):  # fmt: skip
+):
     """See `deep_read_backward_torch`."""
     gates = Gates(u, summaries, online_logit, birth, first, function)
     read = DeepRead(q, w2, w1, scale, shift, first)

@@ -37,9 +37,16 @@ def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[dict, int, in
 
 @triton.jit
 def block_logits(
-    b_u, p_summaries, o_memory, m_memory, stride,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    b_u,
+    p_summaries,
+    o_memory,
+    m_memory,
+    stride,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Logits [BT, BN] of u [BT, BU] with the memories o_memory [BN] of one row and head, and which of the BLOCKS means
     of each memory set it. `stride`: elements from one memory to the next."""
     o_u = tl.arange(0, BU)
@@ -65,11 +72,27 @@ def hide(b_logit, o_memory, visible, segment, p_birth, first):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gates_kernel(
-    u, summaries, online_logit, birth, first, gates, online_gate,
-    begin, count, num, width, heads, memories,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, SIGMOID: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    u,
+    summaries,
+    online_logit,
+    birth,
+    first,
+    gates,
+    online_gate,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Programs: (row, head) x (query segment of the block, tile of BT tokens)."""
     tiles = tl.cdiv(width, BT)
     group = tl.cast(tl.program_id(0) // (count * tiles), tl.int64)
@@ -119,11 +142,32 @@ def _gates_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _gates_backward_kernel(
-    gates, grad_gates, shared, u, summaries, online_gate, grad_online, grad_u, grad_logit,
-    begin, count, num, width, heads, memories, part_stride, token_stride,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, SIGMOID: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    gates,
+    grad_gates,
+    shared,
+    u,
+    summaries,
+    online_gate,
+    grad_online,
+    grad_u,
+    grad_logit,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    part_stride,
+    token_stride,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    PARTS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Gradients of u and the online logit. The gradient of the gates, in PARTS that add up, is replaced by that of the
     logits (in the first part). Programs as above."""
     tiles = tl.cdiv(width, BT)
@@ -181,11 +225,23 @@ def _gates_backward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _summaries_backward_kernel(
-    grad_logits, u, summaries, grad_summaries,
-    begin, count, num, width, heads, memories,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    grad_logits,
+    u,
+    summaries,
+    grad_summaries,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what one block of query segments gives to the gradient of the summaries. Programs: (row, head) x blocks of
     BN memories x means."""
     blocks = tl.cdiv(memories, BN)
@@ -234,10 +290,13 @@ class Gates:
         self.online_gate = torch.empty(online_logit.shape, dtype=torch.float32, device=u.device)
         self.sizes = {"num": self.num, "width": self.width, "heads": self.heads, "memories": self.memories}
         self.meta = {
-            "DU": self.summary_dim, "BU": power_of_two(self.summary_dim), "BLOCKS": summaries.shape[3],
-            "SIGMOID": function == "sigmoid", "PRECISION": dot_precision(self.u),
+            "DU": self.summary_dim,
+            "BU": power_of_two(self.summary_dim),
+            "BLOCKS": summaries.shape[3],
+            "SIGMOID": function == "sigmoid",
+            "PRECISION": dot_precision(self.u),
             "BN": min(32, power_of_two(self.memories)),
-        }  # fmt: skip
+        }
         self.configs = [gate_config(u, summaries)]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -250,9 +309,16 @@ class Gates:
     def block(self, begin: int, count: int) -> torch.Tensor:
         gates = self.u.new_empty(self.groups, self.memories, count * self.width, dtype=torch.float32)
         args = {
-            "u": self.u, "summaries": self.summaries, "online_logit": self.online_logit, "birth": self.birth,
-            "first": self.first, "gates": gates, "online_gate": self.online_gate, "begin": begin, "count": count,
-        }  # fmt: skip
+            "u": self.u,
+            "summaries": self.summaries,
+            "online_logit": self.online_logit,
+            "birth": self.birth,
+            "first": self.first,
+            "gates": gates,
+            "online_gate": self.online_gate,
+            "begin": begin,
+            "count": count,
+        }
         launch(_gates_kernel, self.tiles(count), args | self.sizes, self.meta, self.configs)
         return gates
 
@@ -267,17 +333,30 @@ class Gates:
         """Takes the gradient of the gates `[parts, G, S, T]`, which it overwrites, and per token the sum of gate x its
         gradient `[parts, R, N, W, H]`."""
         args = {
-            "gates": gates, "grad_gates": grad_gates, "shared": shared, "u": self.u, "summaries": self.summaries,
-            "online_gate": self.online_gate, "grad_online": self.grad_online, "grad_u": self.grad_u,
-            "grad_logit": self.grad_logit, "begin": begin, "count": count, "part_stride": gates.numel(),
+            "gates": gates,
+            "grad_gates": grad_gates,
+            "shared": shared,
+            "u": self.u,
+            "summaries": self.summaries,
+            "online_gate": self.online_gate,
+            "grad_online": self.grad_online,
+            "grad_u": self.grad_u,
+            "grad_logit": self.grad_logit,
+            "begin": begin,
+            "count": count,
+            "part_stride": gates.numel(),
             "token_stride": self.online_gate.numel(),
-        }  # fmt: skip
+        }
         meta = self.meta | {"PARTS": len(grad_gates)}
         launch(_gates_backward_kernel, self.tiles(count), args | self.sizes, meta, self.configs)
         args = {
-            "grad_logits": grad_gates, "u": self.u, "summaries": self.summaries,
-            "grad_summaries": self.grad_summaries, "begin": begin, "count": count,
-        }  # fmt: skip
+            "grad_logits": grad_gates,
+            "u": self.u,
+            "summaries": self.summaries,
+            "grad_summaries": self.grad_summaries,
+            "begin": begin,
+            "count": count,
+        }
         meta = {key: value for key, value in self.meta.items() if key != "SIGMOID"}
         grid = (self.groups * triton.cdiv(self.memories, meta["BN"]), meta["BLOCKS"])
         launch(_summaries_backward_kernel, lambda _: grid, args | self.sizes, meta, self.configs)

@@ -14,11 +14,24 @@ from .gates_triton import block_logits, gate_config, hide
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _route_kernel(
-    u, summaries, birth, first, chosen,
-    num, width, heads, memories,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    u,
+    summaries,
+    birth,
+    first,
+    chosen,
+    num,
+    width,
+    heads,
+    memories,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Programs: (row, head) x (query segment, tile of BT tokens). Ties go to the earlier memory."""
     tiles = tl.cdiv(width, BT)
     group = tl.cast(tl.program_id(0) // (num * tiles), tl.int64)
@@ -66,13 +79,25 @@ def forward(u, summaries, birth, first, top_k):
     top_k = min(top_k, memories)
     chosen = torch.empty(*u.shape[:-1], top_k, dtype=torch.int64, device=u.device)
     args = {
-        "u": u, "summaries": summaries.contiguous(), "birth": birth.contiguous(), "first": first.contiguous(),
-        "chosen": chosen, "num": num, "width": width, "heads": heads, "memories": memories,
-    }  # fmt: skip
+        "u": u,
+        "summaries": summaries.contiguous(),
+        "birth": birth.contiguous(),
+        "first": first.contiguous(),
+        "chosen": chosen,
+        "num": num,
+        "width": width,
+        "heads": heads,
+        "memories": memories,
+    }
     meta = {
-        "DU": dim, "BU": power_of_two(dim), "BLOCKS": blocks, "K": top_k, "BK": power_of_two(top_k, 2),
-        "BN": min(32, power_of_two(memories)), "PRECISION": dot_precision(u),
-    }  # fmt: skip
+        "DU": dim,
+        "BU": power_of_two(dim),
+        "BLOCKS": blocks,
+        "K": top_k,
+        "BK": power_of_two(top_k, 2),
+        "BN": min(32, power_of_two(memories)),
+        "PRECISION": dot_precision(u),
+    }
     config = gate_config(u, summaries)
     programs = rows * heads * num * triton.cdiv(width, config[0]["BT"])
     launch(_route_kernel, lambda _: (programs,), args, meta, [config])

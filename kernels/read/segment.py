@@ -211,9 +211,14 @@ def _fake_backward(
 
 
 segment_read_op = register_op(
-    "segment_read", segment_read_torch, segment_read_backward_torch, _fake, _fake_backward, differentiable=5,
+    "segment_read",
+    segment_read_torch,
+    segment_read_backward_torch,
+    _fake,
+    _fake_backward,
+    differentiable=5,
     triton="read.segment_triton",
-)  # fmt: skip
+)
 
 
 def segment_read(

@@ -41,10 +41,20 @@ def load_blocks(p_rows, m_rows, width, BLOCK: tl.constexpr, NUMBER: tl.constexpr
 
 @triton.jit
 def _logits(
-    b_u, p_u, m_t, p_summaries, o_memory, m_memory, stride,
-    DU: tl.constexpr, BU: tl.constexpr, NU: tl.constexpr, BLOCKS: tl.constexpr, HOLD: tl.constexpr,
+    b_u,
+    p_u,
+    m_t,
+    p_summaries,
+    o_memory,
+    m_memory,
+    stride,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    NU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HOLD: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The logits of `block_logits` in NU blocks of BU, of which (unless b_u holds all of u) only one is on chip."""
     b_logit = None
     for number in tl.static_range(BLOCKS):
@@ -65,12 +75,34 @@ def _logits(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _read_kernel(
-    q, u, states, summaries, online_logit, birth, first, out, online_gate,
-    num, width, heads, memories,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr,
-    DU: tl.constexpr, BU: tl.constexpr, NU: tl.constexpr, BLOCKS: tl.constexpr, HOLD: tl.constexpr,
-    SIGMOID: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    u,
+    states,
+    summaries,
+    online_logit,
+    birth,
+    first,
+    out,
+    online_gate,
+    num,
+    width,
+    heads,
+    memories,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    NK: tl.constexpr,
+    BV: tl.constexpr,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    NU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HOLD: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Every BN-th step takes the logits of the next BN memories, and rescales what is summed up so far to the new
     maximum. It is one loop, as two nested ones take more registers. Programs: (row, head) x (query segment, last
     first; tile of BT tokens; block of DV)."""
@@ -131,11 +163,32 @@ def _read_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _read_backward_kernel(
-    grad_out, q, states, gates, first, grad_q, grad_gates, shared,
-    begin, count, num, width, heads, memories, part_stride, token_stride,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, NK: tl.constexpr, BV: tl.constexpr, NV: tl.constexpr,
-    PARTS: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    grad_out,
+    q,
+    states,
+    gates,
+    first,
+    grad_q,
+    grad_gates,
+    shared,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    part_stride,
+    token_stride,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    NK: tl.constexpr,
+    BV: tl.constexpr,
+    NV: tl.constexpr,
+    PARTS: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Also leaves the sum of gate x its gradient of every token in `shared`. A part is NK blocks of BK; what it gives
     to the gates is a part, too. Programs: (row, head) x (query segment, last first; tile of BT tokens; part)."""
     tiles = tl.cdiv(width, BT)
@@ -188,11 +241,23 @@ def _read_backward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _states_backward_kernel(
-    grad_out, q, gates, grad_states,
-    begin, count, num, width, heads, memories,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    grad_out,
+    q,
+    gates,
+    grad_states,
+    begin,
+    count,
+    num,
+    width,
+    heads,
+    memories,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what one block of query segments gives. Programs: (row, head) x (memory, block of DK, block of DV)."""
     k_blocks, v_blocks = (DK + BK - 1) // BK, (DV + BV - 1) // BV
     blocks = k_blocks * v_blocks
@@ -250,15 +315,28 @@ class _Read:
         key_block = split_width(self.key_dim, 128 if self.on == "hopper" and not wide else 64)
         block = split_width(gates.summary_dim, 32 if wide else 64)
         meta = self.meta | {
-            "BK": key_block, "NK": triton.cdiv(self.key_dim, key_block), "BV": value_block, "DU": gates.summary_dim,
-            "BU": block, "NU": triton.cdiv(gates.summary_dim, block), "BLOCKS": gates.meta["BLOCKS"],
-            "SIGMOID": gates.meta["SIGMOID"], "HOLD": self.on in ("hopper", "blackwell") and not wide, "BN": 16,
-        }  # fmt: skip
+            "BK": key_block,
+            "NK": triton.cdiv(self.key_dim, key_block),
+            "BV": value_block,
+            "DU": gates.summary_dim,
+            "BU": block,
+            "NU": triton.cdiv(gates.summary_dim, block),
+            "BLOCKS": gates.meta["BLOCKS"],
+            "SIGMOID": gates.meta["SIGMOID"],
+            "HOLD": self.on in ("hopper", "blackwell") and not wide,
+            "BN": 16,
+        }
         args = {
-            "q": self.q, "u": gates.u, "states": self.states, "summaries": gates.summaries,
-            "online_logit": gates.online_logit, "birth": gates.birth, "first": gates.first, "out": out,
+            "q": self.q,
+            "u": gates.u,
+            "states": self.states,
+            "summaries": gates.summaries,
+            "online_logit": gates.online_logit,
+            "birth": gates.birth,
+            "first": gates.first,
+            "out": out,
             "online_gate": gates.online_gate,
-        }  # fmt: skip
+        }
         grid = gates.tiles(gates.num, triton.cdiv(self.value_dim, value_block))
         stages = 2 if wide else 3
         choices = [(64, 4, stages)] if wide and self.on == "ampere" else [(128, 8, stages), (64, 4, stages)]
@@ -272,28 +350,48 @@ class _Read:
         grad_gates = gates.new_empty(parts, *gates.shape)
         shared = gates.new_empty(parts, *self.q.shape[:-1])
         meta = self.meta | {
-            "BK": key_block, "NK": triton.cdiv(min(self.key_dim, 128), key_block), "PARTS": parts,
-            "BV": value_block, "NV": triton.cdiv(self.value_dim, value_block),
-        }  # fmt: skip
+            "BK": key_block,
+            "NK": triton.cdiv(min(self.key_dim, 128), key_block),
+            "PARTS": parts,
+            "BV": value_block,
+            "NV": triton.cdiv(self.value_dim, value_block),
+        }
         args = {
-            "grad_out": grad_out, "q": self.q, "states": self.states, "gates": gates, "first": self.gates.first,
-            "grad_q": grad_q, "grad_gates": grad_gates, "shared": shared, "begin": begin, "count": count,
-            "part_stride": gates.numel(), "token_stride": self.q.shape[:-1].numel(),
-        }  # fmt: skip
+            "grad_out": grad_out,
+            "q": self.q,
+            "states": self.states,
+            "gates": gates,
+            "first": self.gates.first,
+            "grad_q": grad_q,
+            "grad_gates": grad_gates,
+            "shared": shared,
+            "begin": begin,
+            "count": count,
+            "part_stride": gates.numel(),
+            "token_stride": self.q.shape[:-1].numel(),
+        }
         grid = self.gates.tiles(count, parts)
         stages = 2 if self.wide else 3
         launch(_read_backward_kernel, grid, args | self.gates.sizes, meta, self._configs((64, 8, stages)))
         meta = self.meta | {"BK": min(power_of_two(self.key_dim), 128), "BV": min(power_of_two(self.value_dim), 128)}
         blocks = triton.cdiv(self.key_dim, meta["BK"]) * triton.cdiv(self.value_dim, meta["BV"])
         args = {
-            "grad_out": grad_out, "q": self.q, "gates": gates, "grad_states": grad_states, "begin": begin,
+            "grad_out": grad_out,
+            "q": self.q,
+            "gates": gates,
+            "grad_states": grad_states,
+            "begin": begin,
             "count": count,
-        }  # fmt: skip
+        }
         programs = self.gates.groups * self.gates.memories * blocks
         launch(
-            _states_backward_kernel, lambda _: (programs,), args | self.gates.sizes, meta, self._configs((64, 8, 3)),
+            _states_backward_kernel,
+            lambda _: (programs,),
+            args | self.gates.sizes,
+            meta,
+            self._configs((64, 8, 3)),
             ("grad_states",),
-        )  # fmt: skip
+        )
         return grad_gates, shared
 
 

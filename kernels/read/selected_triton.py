@@ -15,11 +15,26 @@ from .selected import Tiles
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _tile_kernel(
-    rows, other, weights, states, memory, source, out, products,
-    top_k, num_pairs,
-    DX: tl.constexpr, DY: tl.constexpr, BX: tl.constexpr, NX: tl.constexpr, BY: tl.constexpr, BT: tl.constexpr,
-    TRANSPOSED: tl.constexpr, PRODUCTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    rows,
+    other,
+    weights,
+    states,
+    memory,
+    source,
+    out,
+    products,
+    top_k,
+    num_pairs,
+    DX: tl.constexpr,
+    DY: tl.constexpr,
+    BX: tl.constexpr,
+    NX: tl.constexpr,
+    BY: tl.constexpr,
+    BT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """`out[pair] = weight * S^T row` of width DY for a tile of pairs (TRANSPOSED: `weight * S row`). PRODUCTS also
     gives `products[block, pair] = other . S row`. Programs: (tile, block of DY)."""
     blocks = (DY + BY - 1) // BY
@@ -50,10 +65,7 @@ def _tile_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _sum_kernel(
-    pairs, index, out, num_tokens,
-    K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
+def _sum_kernel(pairs, index, out, num_tokens, K: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr):
     """`out[token] = sum of its K pairs` that have a memory. Programs: tiles of BT tokens."""
     token = tl.cast(tl.program_id(0), tl.int64) * BT + tl.arange(0, BT)
     o_d = tl.arange(0, BD)
@@ -80,11 +92,20 @@ def sum_rows(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _selected_states_kernel(
-    q, grad_out, weights, borders, source, grad_states,
+    q,
+    grad_out,
+    weights,
+    borders,
+    source,
+    grad_states,
     top_k,
-    DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient of one memory from all of its tiles, in order. Programs: (memory, block of DK, block of DV)."""
     k_blocks, v_blocks = (DK + BK - 1) // BK, (DV + BV - 1) // BV
     memory, block = tl.program_id(0) // (k_blocks * v_blocks), tl.program_id(0) % (k_blocks * v_blocks)
@@ -130,14 +151,28 @@ class _Pairs:
         # pairs without a memory are in no tile
         products = None if other is None else self.weights.new_zeros(blocks, *self.index.shape)
         args = {
-            "rows": rows, "other": other, "weights": self.weights, "states": self.states, "memory": self.tiles.memory,
-            "source": self.source, "out": out, "products": products, "top_k": self.top_k,
+            "rows": rows,
+            "other": other,
+            "weights": self.weights,
+            "states": self.states,
+            "memory": self.tiles.memory,
+            "source": self.source,
+            "out": out,
+            "products": products,
+            "top_k": self.top_k,
             "num_pairs": self.index.numel(),
-        }  # fmt: skip
+        }
         meta = {
-            "DX": dim, "DY": out_dim, "BX": split, "NX": triton.cdiv(dim, split), "BY": block, "BT": self.tiles.size,
-            "TRANSPOSED": transposed, "PRODUCTS": other is not None, "PRECISION": self.precision,
-        }  # fmt: skip
+            "DX": dim,
+            "DY": out_dim,
+            "BX": split,
+            "NX": triton.cdiv(dim, split),
+            "BY": block,
+            "BT": self.tiles.size,
+            "TRANSPOSED": transposed,
+            "PRODUCTS": other is not None,
+            "PRECISION": self.precision,
+        }
         launch(_tile_kernel, lambda _: (self.tiles.num * blocks,), args, meta, [self.config])
         return sum_rows(out, self.index), None if products is None else products.sum(0)
 
@@ -145,13 +180,22 @@ class _Pairs:
         grad = torch.empty(self.states.shape, dtype=torch.float32, device=grad_out.device)
         key, value = grad.shape[-2:]
         meta = {
-            "DK": key, "DV": value, "BK": min(power_of_two(key), 128), "BV": min(power_of_two(value), self.largest),
-            "BT": self.tiles.size, "PRECISION": self.precision,
-        }  # fmt: skip
+            "DK": key,
+            "DV": value,
+            "BK": min(power_of_two(key), 128),
+            "BV": min(power_of_two(value), self.largest),
+            "BT": self.tiles.size,
+            "PRECISION": self.precision,
+        }
         args = {
-            "q": self.q, "grad_out": grad_out, "weights": self.weights, "borders": self.tiles.borders,
-            "source": self.source, "grad_states": grad, "top_k": self.top_k,
-        }  # fmt: skip
+            "q": self.q,
+            "grad_out": grad_out,
+            "weights": self.weights,
+            "borders": self.tiles.borders,
+            "source": self.source,
+            "grad_states": grad,
+            "top_k": self.top_k,
+        }
         programs = grad.shape[:3].numel() * triton.cdiv(key, meta["BK"]) * triton.cdiv(value, meta["BV"])
         config = ({}, 8 if meta["BK"] * meta["BV"] > 64 * 64 else 4, self.config[2])
         launch(_selected_states_kernel, lambda _: (programs,), args, meta, [config])

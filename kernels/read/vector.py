@@ -39,10 +39,12 @@ gated_sum_op = register_op(
     gated_sum_backward_torch,
     lambda x, p, h, visible: torch.empty_like(x, memory_format=torch.contiguous_format),
     lambda grad, x, p, h, visible: (
-        torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(p), torch.empty_like(h)
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(p),
+        torch.empty_like(h),
     ),
     differentiable=3,
-)  # fmt: skip
+)
 
 
 def gated_sum(x: torch.Tensor, p: torch.Tensor, h: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:

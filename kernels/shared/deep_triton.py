@@ -65,9 +65,7 @@ def load_maps(w2, w1, start, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr,
 
 
 @triton.jit
-def store_maps(
-    w2, w1, b_w2, b_w1, start, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr
-):  # fmt: skip
+def store_maps(w2, w1, b_w2, b_w1, start, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
     """Inverse of `load_maps`."""
     o_d, o_h = tl.arange(0, BD), start + tl.arange(0, BH)
     m_d, m_h = o_d < D, o_h < H
@@ -77,9 +75,16 @@ def store_maps(
 
 @triton.jit
 def inner_answers(
-    b_x, w2, w1, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr,
+    b_x,
+    w2,
+    w1,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BT: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """r = gelu(x W2) W1 [BT, BD] of one memory."""
     b_r = tl.zeros((BT, BD), tl.float32)
     for start in range(0, H, BH):
@@ -91,9 +96,17 @@ def inner_answers(
 
 @triton.jit
 def inner_backward(
-    b_x, b_grad_r, w2, w1, b_grad_x, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
+    b_x,
+    b_grad_r,
+    w2,
+    w1,
+    b_grad_x,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds the gradient of x to b_grad_x, from that of r (of the operand dtype)."""
     for start in range(0, H, BH):
         b_w2, b_w1 = load_maps(w2, w1, start, D, H, BD, BH)
@@ -156,9 +169,21 @@ def load_vector(x, head, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def keys_of(
-    b_k, b_v, c2, c1, b_scale, b_shift, D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr,
-    BC: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    b_k,
+    b_v,
+    c2,
+    c1,
+    b_scale,
+    b_shift,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+    NORM: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """n and 1 / s, the gradient e of the answers, and d1, that of r, of the chunk's keys at the maps C. Without NORM
     scale is 1 and shift 0."""
     b_r = inner_answers(b_k, c2, c1, D, H, BD, BH, BC, PRECISION)

@@ -20,7 +20,7 @@ import torch
 # of the ops: the package's name, so that a flat copy of these files (a Hub repository) has ops of its own beside ours
 NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".kernels.shared.ops"))
 # in front of the names of modules of kernels/, and what stands between folder and module: "_" in a flat copy
-KERNELS, DOT = __name__.removesuffix("ops")[:-len("shared.")], __name__[-len("ops") - 1]
+KERNELS, DOT = __name__.removesuffix("ops")[: -len("shared.")], __name__[-len("ops") - 1]
 WIDEST, WIDEST_DEEP = 256, 128  # head width up to which the Triton kernels (of deep memories) are written
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, str | None] = {}  # every op that is registered, and the module of its Triton kernels

@@ -17,10 +17,17 @@ PROGRAMS = 512  # of a read of all segments: with fewer, several programs share 
 
 @triton.jit(do_not_specialize=["memories"])
 def _logits_kernel(
-    u, summaries, visible, logits,
-    heads, memories,
-    DU: tl.constexpr, BU: tl.constexpr, BLOCKS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    u,
+    summaries,
+    visible,
+    logits,
+    heads,
+    memories,
+    DU: tl.constexpr,
+    BU: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Logits `[B, H, S]`, -inf for what cannot be read. Programs: (row, head) x blocks of BN memories."""
     group = tl.cast(tl.program_id(0), tl.int64)
     row, head = group // heads, group % heads
@@ -59,11 +66,29 @@ def _best(p_logits, memories, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexp
 
 @triton.jit(do_not_specialize=["memories", "part"])
 def _token_kernel(
-    q, online, online_logit, states, scale, logits, given, out, chosen,
-    heads, memories, part,
-    DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr, BV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    BN: tl.constexpr, SIGMOID: tl.constexpr, SCALED: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
+    q,
+    online,
+    online_logit,
+    states,
+    scale,
+    logits,
+    given,
+    out,
+    chosen,
+    heads,
+    memories,
+    part,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BDK: tl.constexpr,
+    BV: tl.constexpr,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    SCALED: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
     """K > 0: only the best K (GIVEN: those), which are left in `chosen`. K = 0: programs of the last dimension take
     `part` memories each, and leave sums that add up. Programs: (row, head) x blocks of DV x parts."""
     group = tl.cast(tl.program_id(0), tl.int64)
@@ -135,9 +160,13 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
     top_k = index.shape[-1] if index is not None and top_k else min(top_k, memories)
     logits = torch.empty(rows, heads, memories, dtype=torch.float32, device=device)
     args = {
-        "u": u.contiguous(), "summaries": summaries.contiguous(), "visible": visible.contiguous().view(torch.int8),
-        "logits": logits, "heads": heads, "memories": memories,
-    }  # fmt: skip
+        "u": u.contiguous(),
+        "summaries": summaries.contiguous(),
+        "visible": visible.contiguous().view(torch.int8),
+        "logits": logits,
+        "heads": heads,
+        "memories": memories,
+    }
     meta = {"DU": dim, "BU": power_of_two(dim), "BLOCKS": blocks, "BN": max(8, 4096 // power_of_two(dim))}
     launch(_logits_kernel, lambda _: (groups, triton.cdiv(memories, meta["BN"])), args, meta, [({}, 4, 1)])
 
@@ -150,16 +179,31 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
     choose = top_k > 0 and index is None
     chosen = torch.empty((rows, heads, top_k) if choose else (0,), dtype=torch.int64, device=device)
     args = {
-        "q": q.contiguous(), "online": online.contiguous(), "online_logit": online_logit.contiguous(),
-        "states": states.contiguous(), "scale": None if scale is None else scale.contiguous(), "logits": logits,
-        "given": None if index is None else index.contiguous(), "out": out, "chosen": chosen if choose else None,
-        "heads": heads, "memories": memories, "part": part,
-    }  # fmt: skip
+        "q": q.contiguous(),
+        "online": online.contiguous(),
+        "online_logit": online_logit.contiguous(),
+        "states": states.contiguous(),
+        "scale": None if scale is None else scale.contiguous(),
+        "logits": logits,
+        "given": None if index is None else index.contiguous(),
+        "out": out,
+        "chosen": chosen if choose else None,
+        "heads": heads,
+        "memories": memories,
+        "part": part,
+    }
     meta = {
-        "DK": key_dim, "DV": value_dim, "BDK": power_of_two(key_dim), "BV": block, "K": top_k,
-        "BK": power_of_two(top_k, 2), "BN": 128, "SIGMOID": function == "sigmoid", "SCALED": scale is not None,
+        "DK": key_dim,
+        "DV": value_dim,
+        "BDK": power_of_two(key_dim),
+        "BV": block,
+        "K": top_k,
+        "BK": power_of_two(top_k, 2),
+        "BN": 128,
+        "SIGMOID": function == "sigmoid",
+        "SCALED": scale is not None,
         "GIVEN": index is not None,
-    }  # fmt: skip
+    }
     grid = (groups, triton.cdiv(value_dim, block), parts)
     launch(_token_kernel, lambda _: grid, args, meta, [({}, 4, 2)])
     return out[0] if parts == 1 else out.sum(0), chosen

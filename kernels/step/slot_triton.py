@@ -12,10 +12,19 @@ BLOCK = 2048  # elements of a program
 
 @triton.jit(do_not_specialize=["slots"])
 def _slot_kernel(
-    target, source, slot, rows,
-    levels, slots, size, stride_row, stride_level,
-    BLOCK: tl.constexpr, SLOTTED: tl.constexpr, UNIFORM: tl.constexpr,
-):  # fmt: skip
+    target,
+    source,
+    slot,
+    rows,
+    levels,
+    slots,
+    size,
+    stride_row,
+    stride_level,
+    BLOCK: tl.constexpr,
+    SLOTTED: tl.constexpr,
+    UNIFORM: tl.constexpr,
+):
     """UNIFORM: source holds one number per row and level. Programs: (row, level) x blocks of what a slot holds."""
     pair = tl.cast(tl.program_id(0), tl.int64)
     if tl.load(rows + pair) != 0:
@@ -47,9 +56,15 @@ def forward(target, source, slot, rows):
         source = source.contiguous()
     size = target[0, 0].numel()
     args = {
-        "target": target, "source": source, "slot": None if slot is None else slot.contiguous(),
-        "rows": rows.contiguous().view(torch.int8), "levels": levels, "slots": target.shape[1], "size": size,
-        "stride_row": source.stride(0), "stride_level": source.stride(1),
-    }  # fmt: skip
+        "target": target,
+        "source": source,
+        "slot": None if slot is None else slot.contiguous(),
+        "rows": rows.contiguous().view(torch.int8),
+        "levels": levels,
+        "slots": target.shape[1],
+        "size": size,
+        "stride_row": source.stride(0),
+        "stride_level": source.stride(1),
+    }
     meta = {"BLOCK": BLOCK, "SLOTTED": slot is not None, "UNIFORM": uniform}
     launch(_slot_kernel, lambda _: (rows.numel(), triton.cdiv(size, BLOCK)), args, meta, [({}, 4, 1)])

@@ -10,10 +10,24 @@ from ..shared.triton import launch, power_of_two
 
 @triton.jit
 def _state_kernel(
-    state, k, v, log_decay, write, k2, v2, write2, out,
-    DK: tl.constexpr, DV: tl.constexpr, BDK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, WRITE: tl.constexpr, AGAIN: tl.constexpr, DELTA: tl.constexpr,
-):  # fmt: skip
+    state,
+    k,
+    v,
+    log_decay,
+    write,
+    k2,
+    v2,
+    write2,
+    out,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BDK: tl.constexpr,
+    BV: tl.constexpr,
+    DECAY: tl.constexpr,
+    WRITE: tl.constexpr,
+    AGAIN: tl.constexpr,
+    DELTA: tl.constexpr,
+):
     """Programs: (row, head) x blocks of DV."""
     group = tl.cast(tl.program_id(0), tl.int64)
     o_k, o_v = tl.arange(0, BDK), tl.program_id(1) * BV + tl.arange(0, BV)
@@ -45,9 +59,15 @@ def forward(state, k, v, log_decay, write, k2, v2, write2, delta):
     args = {name: None if x is None else x.contiguous() for name, x in (given | {"write2": write2}).items()}
     block = min(power_of_two(value_dim), max(16, 4096 // power_of_two(key_dim)))
     meta = {
-        "DK": key_dim, "DV": value_dim, "BDK": power_of_two(key_dim), "BV": block, "DECAY": log_decay is not None,
-        "WRITE": write is not None, "AGAIN": k2 is not None, "DELTA": delta,
-    }  # fmt: skip
+        "DK": key_dim,
+        "DV": value_dim,
+        "BDK": power_of_two(key_dim),
+        "BV": block,
+        "DECAY": log_decay is not None,
+        "WRITE": write is not None,
+        "AGAIN": k2 is not None,
+        "DELTA": delta,
+    }
     grid = (rows * heads, triton.cdiv(value_dim, block))
     launch(_state_kernel, lambda _: grid, args | {"out": out}, meta, [({}, 4, 1)])
     return out

@@ -407,9 +407,22 @@ def deep_write_backward_torch(
     loss: str,
     read: int,
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-]:  # fmt: skip
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
     """Gradients of q ... shift (empty tensors where the input is None)."""
     inputs = dict(list(locals().items())[NUM_OUTPUTS:])
     ends = ((grad_w2_end, grad_s2_end, grad_c2_end), (grad_w1_end, grad_s1_end, grad_c1_end))
@@ -437,9 +450,14 @@ def _fake_backward(*args):
 
 
 deep_write_op = register_op(
-    "deep_write", deep_write_torch, deep_write_backward_torch, _fake, _fake_backward, differentiable=DIFFERENTIABLE,
+    "deep_write",
+    deep_write_torch,
+    deep_write_backward_torch,
+    _fake,
+    _fake_backward,
+    differentiable=DIFFERENTIABLE,
     triton="write.deep_triton",
-)  # fmt: skip
+)
 
 
 def deep_write(

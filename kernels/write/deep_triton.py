@@ -37,12 +37,44 @@ STACKS = 2**29  # elements of the stacks that a backward holds at once
 
 @triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
 def _write_kernel(
-    q, k, v, mix, enter, leave, trans, stack2, stack1, scale, shift, run, last, out, c2_end, c1_end,
-    first_row, chunks, heads, group_size, slots, step,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    J: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, READ: tl.constexpr, ENTER: tl.constexpr,
-    TRANS: tl.constexpr, SEPARATE: tl.constexpr, ENDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    mix,
+    enter,
+    leave,
+    trans,
+    stack2,
+    stack1,
+    scale,
+    shift,
+    run,
+    last,
+    out,
+    c2_end,
+    c1_end,
+    first_row,
+    chunks,
+    heads,
+    group_size,
+    slots,
+    step,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    J: tl.constexpr,
+    NORM: tl.constexpr,
+    DOT: tl.constexpr,
+    READ: tl.constexpr,
+    ENTER: tl.constexpr,
+    TRANS: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    ENDS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Writes all chunks; the stack goes from slot i to slot i + `step`. SEPARATE: the maps C of the first chunk are in
     the last slot. ENDS: leaves the C of running rows. Programs: (row, head)."""
     local = tl.cast(tl.program_id(0), tl.int64)
@@ -61,9 +93,7 @@ def _write_kernel(
             base = tl.where(index == 0, local * slots + slots - 1, slot)
         b_k, b_v = load_tokens(k, first, heads, m_c, D, BD, BC), load_tokens(v, first, heads, m_c, D, BD, BC)
         p_c2, p_c1 = stack2 + base * J * D * H, stack1 + base * J * D * H
-        _, _, _, b_d1 = keys_of(
-            b_k, b_v, p_c2, p_c1, b_scale, b_shift, D, H, BD, BH, BC, NORM, DOT, PRECISION
-        )
+        _, _, _, b_d1 = keys_of(b_k, b_v, p_c2, p_c1, b_scale, b_shift, D, H, BD, BH, BC, NORM, DOT, PRECISION)
         b_mix = load_mix(mix, cell, m_c, C, BC)
         b_r, b_products = tl.zeros((BC, BD), tl.float32), tl.zeros((BC, BC), tl.float32)
         if READ == WHOLE or READ == 0:
@@ -150,20 +180,31 @@ class DeepWrite:
         half = any(self.inputs[name].dtype != torch.float32 for name in "qkv")
         precision = dot_precision(q)
         self.meta = {
-            "D": self.dim, "H": self.hidden, "BD": power_of_two(self.dim),
-            "BH": 16, "C": self.chunk, "BC": power_of_two(self.chunk),
-            "J": self.parts, "NORM": inputs["scale"] is not None, "DOT": inputs["loss"] == "dot",
-            "READ": inputs["read"], "ENTER": inputs["enter"] is not None,
-            "TRANS": inputs["trans"] is not None, "SEPARATE": self.separate,
+            "D": self.dim,
+            "H": self.hidden,
+            "BD": power_of_two(self.dim),
+            "BH": 16,
+            "C": self.chunk,
+            "BC": power_of_two(self.chunk),
+            "J": self.parts,
+            "NORM": inputs["scale"] is not None,
+            "DOT": inputs["loss"] == "dot",
+            "READ": inputs["read"],
+            "ENTER": inputs["enter"] is not None,
+            "TRANS": inputs["trans"] is not None,
+            "SEPARATE": self.separate,
             "PRECISION": "tf32" if half and chip(q) != "amd" else precision,
-        }  # fmt: skip
+        }
         self.config = [({}, 8 if self.dim > 64 or self.chunk > 16 else 4, 1)]
 
     def sizes(self, first_row: int, slots: int) -> dict[str, int]:
         return {
-            "first_row": first_row, "chunks": self.chunks, "heads": self.heads,
-            "group_size": self.rows // len(self.inputs["run"]), "slots": slots,
-        }  # fmt: skip
+            "first_row": first_row,
+            "chunks": self.chunks,
+            "heads": self.heads,
+            "group_size": self.rows // len(self.inputs["run"]),
+            "slots": slots,
+        }
 
     def tensors(self) -> dict:
         names = ("q", "k", "v", "run", "last")
@@ -229,16 +270,30 @@ class DeepWrite:
             grad_stacks = [self.end_gradients(rows, *ends[i::4], w[i]) for i in range(2)]
             programs = (rows.stop - rows.start) * self.heads
             norm = stacks[0].new_empty(programs, 2, self.dim)
-            args = self.tensors() | self.sizes(rows.start, stacks[0].shape[2]) | {
-                "stack2": stacks[0], "stack1": stacks[1], "grad_out": grad_out, "grad_c2_end": bases[0],
-                "grad_c1_end": bases[1], "grad_stack2": grad_stacks[0], "grad_stack1": grad_stacks[1],
-                "kept": norm.new_empty(programs, 5, self.meta["BC"], self.hidden), "grad_norm": norm,
-            }  # fmt: skip
+            args = (
+                self.tensors()
+                | self.sizes(rows.start, stacks[0].shape[2])
+                | {
+                    "stack2": stacks[0],
+                    "stack1": stacks[1],
+                    "grad_out": grad_out,
+                    "grad_c2_end": bases[0],
+                    "grad_c1_end": bases[1],
+                    "grad_stack2": grad_stacks[0],
+                    "grad_stack1": grad_stacks[1],
+                    "kept": norm.new_empty(programs, 5, self.meta["BC"], self.hidden),
+                    "grad_norm": norm,
+                }
+            )
             args |= {f"grad_{name}": grads[name] for name in ("q", "k", "v", "mix", "enter", "leave", "trans")}
             launch(
-                write_backward_kernel, lambda _, programs=programs: (programs,), args, self.meta, self.config,
+                write_backward_kernel,
+                lambda _, programs=programs: (programs,),
+                args,
+                self.meta,
+                self.config,
                 ("grad_stack2", "grad_stack1"),
-            )  # fmt: skip
+            )
             for number, grad in zip("21", grad_stacks, strict=True):
                 for name, part in (("w", 0), ("s", 1), ("c", -1)):
                     if self.inputs[name + number] is not None:
@@ -267,9 +322,33 @@ def forward(q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, sh
 
 
 def backward(
-    grad_out, grad_w2_end, grad_w1_end, grad_c2_end, grad_c1_end, grad_s2_end, grad_s1_end, q, k, v, mix, enter, leave,
-    trans, w2, w1, c2, c1, s2, s1, scale, shift, run, last, loss, read,
-):  # fmt: skip
+    grad_out,
+    grad_w2_end,
+    grad_w1_end,
+    grad_c2_end,
+    grad_c1_end,
+    grad_s2_end,
+    grad_s1_end,
+    q,
+    k,
+    v,
+    mix,
+    enter,
+    leave,
+    trans,
+    w2,
+    w1,
+    c2,
+    c1,
+    s2,
+    s1,
+    scale,
+    shift,
+    run,
+    last,
+    loss,
+    read,
+):
     """See `deep_write_backward_torch`."""
     inputs = dict(list(locals().items())[7:])
     ends = grad_w2_end, grad_w1_end, grad_c2_end, grad_c1_end, grad_s2_end, grad_s1_end

@@ -32,9 +32,7 @@ from ..shared.triton import dot
 
 
 @triton.jit
-def _normalize_backward_twice(
-    b_grad, b_weighted, b_n, b_rstd, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr
-):  # fmt: skip
+def _normalize_backward_twice(b_grad, b_weighted, b_n, b_rstd, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
     """Gradient of r from that of `normalize_backward(weighted)`, which depends on r through n and s."""
     b_spread = normalize_backward(b_weighted, b_n, b_rstd, D, BD, NORM)
     b_first, b_second = tl.sum(b_grad * b_n, 1) / D, tl.sum(b_weighted * b_n, 1) / D
@@ -52,10 +50,21 @@ def _block(x, first, start, H: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr)
 
 @triton.jit
 def _through_part(
-    b_grad, b_x, b_t, b_grad_t, b_grad_enter, enter, cell, m_c,
-    part: tl.constexpr, J: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, ENTER: tl.constexpr,
+    b_grad,
+    b_x,
+    b_t,
+    b_grad_t,
+    b_grad_enter,
+    enter,
+    cell,
+    m_c,
+    part: tl.constexpr,
+    J: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    ENTER: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Backward of `(enter x) T` of one part T, from the gradient of the answer: that of x; those of T and of `enter`
     are added."""
     b_back = dot(b_grad, tl.trans(b_t), None, PRECISION)
@@ -69,14 +78,53 @@ def _through_part(
 
 @triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
 def write_backward_kernel(
-    q, k, v, mix, enter, leave, trans, stack2, stack1, scale, shift, run, last,
-    grad_out, grad_c2_end, grad_c1_end, grad_stack2, grad_stack1, kept, grad_q, grad_k, grad_v, grad_mix,
-    grad_enter, grad_leave, grad_trans, grad_norm,
-    first_row, chunks, heads, group_size, slots,
-    D: tl.constexpr, H: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
-    J: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, READ: tl.constexpr, ENTER: tl.constexpr,
-    TRANS: tl.constexpr, SEPARATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    mix,
+    enter,
+    leave,
+    trans,
+    stack2,
+    stack1,
+    scale,
+    shift,
+    run,
+    last,
+    grad_out,
+    grad_c2_end,
+    grad_c1_end,
+    grad_stack2,
+    grad_stack1,
+    kept,
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_mix,
+    grad_enter,
+    grad_leave,
+    grad_trans,
+    grad_norm,
+    first_row,
+    chunks,
+    heads,
+    group_size,
+    slots,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    J: tl.constexpr,
+    NORM: tl.constexpr,
+    DOT: tl.constexpr,
+    READ: tl.constexpr,
+    ENTER: tl.constexpr,
+    TRANS: tl.constexpr,
+    SEPARATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """`kept`: five `[BC, H]` per program. `grad_stack`: J parts, and one more for the C of the first chunk if it is
     SEPARATE; they start as the gradients of the last stack. `grad_norm`: scale and shift, per program. Programs: (row,
     head)."""
@@ -221,9 +269,21 @@ def write_backward_kernel(
                     o_part = (slot * J + part) * size
                     _, b_part1 = load_maps(stack2 + o_part, stack1 + o_part, start, D, H, BD, BH)
                     b_back, b_sum, b_grad_enter = _through_part(
-                        b_grad_r, b_hidden, b_part1, b_new1[part], b_grad_enter, enter, cell, m_c, part, J, C, BC,
-                        ENTER, PRECISION,
-                    )  # fmt: skip
+                        b_grad_r,
+                        b_hidden,
+                        b_part1,
+                        b_new1[part],
+                        b_grad_enter,
+                        enter,
+                        cell,
+                        m_c,
+                        part,
+                        J,
+                        C,
+                        BC,
+                        ENTER,
+                        PRECISION,
+                    )
                     b_grad_hidden += b_back
                     b_sums = b_sums + (b_sum,)
                 b_new1 = b_sums
@@ -244,9 +304,21 @@ def write_backward_kernel(
                     o_part = (slot * J + part) * size
                     b_part2, _ = load_maps(stack2 + o_part, stack1 + o_part, start, D, H, BD, BH)
                     b_back, b_sum, b_grad_enter = _through_part(
-                        b_grad_in, b_q, b_part2, b_new2[part], b_grad_enter, enter, cell, m_c, part, J, C, BC,
-                        ENTER, PRECISION,
-                    )  # fmt: skip
+                        b_grad_in,
+                        b_q,
+                        b_part2,
+                        b_new2[part],
+                        b_grad_enter,
+                        enter,
+                        cell,
+                        m_c,
+                        part,
+                        J,
+                        C,
+                        BC,
+                        ENTER,
+                        PRECISION,
+                    )
                     b_grad_q += b_back
                     b_sums = b_sums + (b_sum,)
                 b_new2 = b_sums
@@ -258,9 +330,7 @@ def write_backward_kernel(
             tl.store(p_kept + 4 * BC * H, b_grad_p, mask=m_kept)
             for part in tl.static_range(J):
                 o_part = (local * parts + part) * size
-                store_maps(
-                    grad_stack2 + o_part, grad_stack1 + o_part, b_new2[part], b_new1[part], start, D, H, BD, BH
-                )  # fmt: skip
+                store_maps(grad_stack2 + o_part, grad_stack1 + o_part, b_new2[part], b_new1[part], start, D, H, BD, BH)
         tl.debug_barrier()
         # ------------------------------------------------------------------------------------------------ pass 4
         if READ == WHOLE or READ == 0:

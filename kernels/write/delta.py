@@ -107,9 +107,12 @@ def delta_write_backward_torch(
     grad_scores = grad_system * d.decay.matrix
     grad_k = grad_k + (grad_scores + grad_scores.transpose(-1, -2)) @ d.k
     grads = (
-        (grad_q, q), (grad_k, k), (grad_v, v),
-        (d.decay.backward(grad_matrix, grad_from_start), log_decay), (grad_strength, write),
-    )  # fmt: skip
+        (grad_q, q),
+        (grad_k, k),
+        (grad_v, v),
+        (d.decay.backward(grad_matrix, grad_from_start), log_decay),
+        (grad_strength, write),
+    )
     return (
         *(d.chunks.join(grad, x.dtype) for grad, x in grads),
         q.new_empty(0) if initial is None else grad_initial.to(initial.dtype).contiguous(),

@@ -69,14 +69,21 @@ def _fake(q, k, v, log_decay, initial, starts, carry):
 
 
 def _fake_backward(grad_out, grad_ends, q, k, v, log_decay, initial, starts, carry):
-    return tuple(q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-                 for x in (q, k, v, log_decay, initial))
+    return tuple(
+        q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, log_decay, initial)
+    )
 
 
 linear_write_op = register_op(
-    "linear_write", linear_write_torch, linear_write_backward_torch, _fake, _fake_backward, differentiable=5,
+    "linear_write",
+    linear_write_torch,
+    linear_write_backward_torch,
+    _fake,
+    _fake_backward,
+    differentiable=5,
     triton="write.linear_triton",
-)  # fmt: skip
+)
 
 
 def linear_write(

@@ -29,12 +29,35 @@ NEVER, FIRST, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which
 
 @triton.jit(do_not_specialize=["num_segments"])
 def _unit_kernel(
-    a, b, c, log_decay, begin, x, y, end, flow,
-    num_segments, width, heads, pieces, flow_stride,
-    DA: tl.constexpr, DC: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, CHUNK: tl.constexpr,
-    UNIT: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    BEGIN: tl.constexpr, END: tl.constexpr, WRITE: tl.constexpr, FLOW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    c,
+    log_decay,
+    begin,
+    x,
+    y,
+    end,
+    flow,
+    num_segments,
+    width,
+    heads,
+    pieces,
+    flow_stride,
+    DA: tl.constexpr,
+    DC: tl.constexpr,
+    BA: tl.constexpr,
+    BC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr,
+    DECAY: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BEGIN: tl.constexpr,
+    END: tl.constexpr,
+    WRITE: tl.constexpr,
+    FLOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Programs: (row, segment, piece, head, block of DC). States are fp32 `[units, heads, DA, DC]`, or their
     transpose. FLOW also gives x_t . y_t per token and block, and takes factors in two parts so that y is exact."""
     blocks = (DC + BC - 1) // BC
@@ -122,10 +145,23 @@ def _unit_kernel(
 
 @triton.jit(do_not_specialize=["units"])
 def _carry_kernel(
-    local, decay, extra, initial, starts, begin, final,
-    units, pieces, heads, size,
-    DECAY: tl.constexpr, EXTRA: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    local,
+    decay,
+    extra,
+    initial,
+    starts,
+    begin,
+    final,
+    units,
+    pieces,
+    heads,
+    size,
+    DECAY: tl.constexpr,
+    EXTRA: tl.constexpr,
+    INITIAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """`begin[u] = state`, `state = decay[u] * state + local[u]`, for all units u of a row in order, zero at `starts`;
     REVERSE: backwards, and `extra` joins the state after every segment. Programs: (row, head) x elements."""
     row, head = tl.cast(tl.program_id(0) // heads, tl.int64), tl.program_id(0) % heads
@@ -192,17 +228,37 @@ class _Units:
         state = (value, key) if transposed else (key, value)
         end_states = None if end == "no" else b.new_empty(*leading, *state, dtype=torch.float32)
         args = {
-            "a": a, "b": b, "c": c, "log_decay": self.log_decay, "begin": begin, "x": x, "y": y, "end": end_states,
-            "flow": flow, "num_segments": self.segments, "width": self.width, "heads": self.heads,
-            "pieces": self.pieces, "flow_stride": b.shape[:-1].numel(),
-        }  # fmt: skip
+            "a": a,
+            "b": b,
+            "c": c,
+            "log_decay": self.log_decay,
+            "begin": begin,
+            "x": x,
+            "y": y,
+            "end": end_states,
+            "flow": flow,
+            "num_segments": self.segments,
+            "width": self.width,
+            "heads": self.heads,
+            "pieces": self.pieces,
+            "flow_stride": b.shape[:-1].numel(),
+        }
         meta = {
-            "DA": key, "DC": value, "BA": power_of_two(key), "BC": block, "UNIT": self.unit, "CHUNK": chunk,
-            "DECAY": self.log_decay is not None, "REVERSE": reverse, "TRANSPOSED": transposed,
+            "DA": key,
+            "DC": value,
+            "BA": power_of_two(key),
+            "BC": block,
+            "UNIT": self.unit,
+            "CHUNK": chunk,
+            "DECAY": self.log_decay is not None,
+            "REVERSE": reverse,
+            "TRANSPOSED": transposed,
             "BEGIN": (NEVER if begin is None else EVERY if begin.dim() == 5 else FIRST).value,
             "END": {"no": NEVER, "first": FIRST, "every": EVERY}[end].value,
-            "WRITE": write, "FLOW": x is not None, "PRECISION": dot_precision(b),
-        }  # fmt: skip
+            "WRITE": write,
+            "FLOW": x is not None,
+            "PRECISION": dot_precision(b),
+        }
         programs = self.rows * self.per_row * self.heads * blocks
         launch(_unit_kernel, lambda _: (programs,), args, meta, [({}, warps, 2)])
         return y, end_states, None if flow is None else flow.sum(0)
@@ -213,14 +269,25 @@ class _Units:
         begin = torch.empty_like(local)
         final = local.new_empty(self.rows, self.heads, *local.shape[-2:]) if reverse else None
         args = {
-            "local": local, "decay": self._unit_decay(), "extra": extra, "initial": initial,
-            "starts": self._unit_starts(), "begin": begin, "final": final, "units": self.per_row,
-            "pieces": self.pieces, "heads": self.heads, "size": size,
-        }  # fmt: skip
+            "local": local,
+            "decay": self._unit_decay(),
+            "extra": extra,
+            "initial": initial,
+            "starts": self._unit_starts(),
+            "begin": begin,
+            "final": final,
+            "units": self.per_row,
+            "pieces": self.pieces,
+            "heads": self.heads,
+            "size": size,
+        }
         meta = {
-            "DECAY": self.log_decay is not None, "EXTRA": extra is not None, "INITIAL": initial is not None,
-            "REVERSE": reverse, "BLOCK": 256,
-        }  # fmt: skip
+            "DECAY": self.log_decay is not None,
+            "EXTRA": extra is not None,
+            "INITIAL": initial is not None,
+            "REVERSE": reverse,
+            "BLOCK": 256,
+        }
         grid = (self.rows * self.heads, triton.cdiv(size, meta["BLOCK"]))
         launch(_carry_kernel, lambda _: grid, args, meta, [({}, 2, 1)])
         return begin, final

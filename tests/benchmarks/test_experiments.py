@@ -46,8 +46,9 @@ def test_needle_measures_every_length_and_place():
     config = NeedleConfig(**TINY, **rules, train_length=32, times=[1, 2], depths=3, samples=2)
     record = train_needle(config, progress=False)
     assert {rule: {n: len(p) for n, p in rows.items()} for rule, rows in record["heat"].items()} == {
-        "none": {"32": 3, "64": 3}, "mean": {"32": 3, "64": 3},
-    }  # fmt: skip
+        "none": {"32": 3, "64": 3},
+        "mean": {"32": 3, "64": 3},
+    }
 
 
 def test_losses_by_position_are_those_of_the_model():

@@ -20,9 +20,15 @@ def test_the_committed_page_fits_the_committed_files(capsys):
 
 def write(path: Path, cell: str, rate: float, seed: int, **result) -> None:
     record = {
-        "study": "mqar", "cell": cell, "settings": {"lr": rate, "seed": seed}, "commit": "abc", "machine": "CPU",
-        "versions": {"torch": "2", "python": "3"}, "cache_bytes": 8, "parameters": 9,
-    }  # fmt: skip
+        "study": "mqar",
+        "cell": cell,
+        "settings": {"lr": rate, "seed": seed},
+        "commit": "abc",
+        "machine": "CPU",
+        "versions": {"torch": "2", "python": "3"},
+        "cache_bytes": 8,
+        "parameters": 9,
+    }
     with path.open("a") as file:
         file.write(json.dumps(record | result) + "\n")
 

@@ -9,9 +9,7 @@ from torch.nn import functional as F
 
 
 IDS = torch.randint(3, 61, (2, 41), generator=torch.Generator().manual_seed(1))
-SIZES = {
-    "vocab_size": 61, "hidden_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+SIZES = {"vocab_size": 61, "hidden_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TOKENS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
 
 
@@ -76,8 +74,9 @@ class FlaModel(nn.Module):
             return named(attn=self.mixer(), mlp=mlp, **norms)
 
         layers = nn.ModuleList([layer() for _ in range(c["num_hidden_layers"])])
-        self.model = named(embeddings=nn.Embedding(c["vocab_size"], width), layers=layers,
-                           norm=nn.RMSNorm(width, eps=c["norm_eps"]))  # fmt: skip
+        self.model = named(
+            embeddings=nn.Embedding(c["vocab_size"], width), layers=layers, norm=nn.RMSNorm(width, eps=c["norm_eps"])
+        )
         self.lm_head = linear(width, c["vocab_size"])
         if c.get("tie_word_embeddings"):
             self.lm_head.weight = self.model["embeddings"].weight
@@ -108,8 +107,14 @@ class FlaLinear(FlaModel):
         norm = nn.RMSNorm(values // c["num_heads"], eps=c["norm_eps"])
         norm = {"g_norm_swish_gate" if self.retnet else "norm": norm}
         gate = {"g_proj": linear(width, values)} if self.retnet else {}
-        return named(q_proj=linear(width, keys), k_proj=linear(width, keys), v_proj=linear(width, values),
-                     o_proj=linear(values, width), **norm, **gate)  # fmt: skip
+        return named(
+            q_proj=linear(width, keys),
+            k_proj=linear(width, keys),
+            v_proj=linear(width, values),
+            o_proj=linear(values, width),
+            **norm,
+            **gate,
+        )
 
     def turn(self, x: torch.Tensor, t: int) -> torch.Tensor:
         """Pairs (i, i + d/2) of x `[B, H, d]` turned by t times their rate."""
@@ -185,16 +190,20 @@ class FlaGatedDeltaNet(FlaModel):
 
 
 DELTA = {
-    "model_type": "gated_deltanet", "head_dim": 8, "expand_v": 1.5, "num_v_heads": None, "conv_size": 4,
-    "use_gate": True, "use_short_conv": True, "allow_neg_eigval": False,
-}  # fmt: skip
+    "model_type": "gated_deltanet",
+    "head_dim": 8,
+    "expand_v": 1.5,
+    "num_v_heads": None,
+    "conv_size": 4,
+    "use_gate": True,
+    "use_short_conv": True,
+    "allow_neg_eigval": False,
+}
 FLA_KINDS = {
-    "linear_attn": FLA | {
-        "model_type": "linear_attn", "feature_map": "identity", "expand_k": 1.0, "expand_v": 1.0,
-    },
+    "linear_attn": FLA | {"model_type": "linear_attn", "feature_map": "identity", "expand_k": 1.0, "expand_v": 1.0},
     "retnet": FLA | {"model_type": "retnet", "expand_k": 1.0, "expand_v": 2.0},
     "gated_deltanet": FLA | DELTA,
-}  # fmt: skip
+}
 
 
 @torch.no_grad()

@@ -12,19 +12,31 @@ HYBRID = {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layer
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 KINDS = {
     "step gates": {
-        "memory": "gated_linear", "gate_form": "step", "value_skip": True, "conv_bias": True, "output_norm": "gated",
-        "num_attention_heads": 4, "num_key_heads": 2, "intermediate_size": 0, "qk_norm": False,
+        "memory": "gated_linear",
+        "gate_form": "step",
+        "value_skip": True,
+        "conv_bias": True,
+        "output_norm": "gated",
+        "num_attention_heads": 4,
+        "num_key_heads": 2,
+        "intermediate_size": 0,
+        "qk_norm": False,
     },
     "rotary keys": {"memory": "retention", "rope": "all", "conv_kernel_size": 0, "qk_norm": False},
     "own heads": {
-        "memory": "gated_delta", "num_memory_heads": 4, "num_key_heads": 2, "key_head_dim": 6, "value_head_dim": 10,
-        "qk_norm_eps": 1e-6, "output_norm_eps": 1e-5,
+        "memory": "gated_delta",
+        "num_memory_heads": 4,
+        "num_key_heads": 2,
+        "key_head_dim": 6,
+        "value_head_dim": 10,
+        "qk_norm_eps": 1e-6,
+        "output_norm_eps": 1e-5,
     },
     "biases": {"memory": "gated_delta", "qkv_bias": True},
     "no norm": {"memory": "linear", "output_norm": "none", "use_output_gate": False},
     "norms behind": HYBRID | {"attention": "olmo_hybrid", "attention_norm": "post", "rope": "none"},
     "gated attention": HYBRID | {"attention": "qwen3_next", "rope_parameters": PARTIAL},
-}  # fmt: skip
+}
 kinds = pytest.mark.parametrize("kind", KINDS)
 aggregations = pytest.mark.parametrize("aggregation", ["none", "grm", "ssc"])
 
@@ -84,13 +96,20 @@ def test_half_precision_keeps_decay_rates_and_skips(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"num_key_heads": 3}, {"gate_form": "step", "memory": "linear"}, {"conv_bias": True, "conv_kernel_size": 0},
-        {"rope": "none", "layer_types": ["full_attention"]}, {"rope": "all", "key_head_dim": 7},
-        {"intermediate_size": -1}, {"qk_norm_eps": 0.0}, {"output_norm": "layer"}, {"attention": "mistral"},
-        {"num_memory_heads": 0}, {"rope": "all", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
+        {"num_key_heads": 3},
+        {"gate_form": "step", "memory": "linear"},
+        {"conv_bias": True, "conv_kernel_size": 0},
+        {"rope": "none", "layer_types": ["full_attention"]},
+        {"rope": "all", "key_head_dim": 7},
+        {"intermediate_size": -1},
+        {"qk_norm_eps": 0.0},
+        {"output_norm": "layer"},
+        {"attention": "mistral"},
+        {"num_memory_heads": 0},
+        {"rope": "all", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_values_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         MCConfig(**{"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2} | fields)

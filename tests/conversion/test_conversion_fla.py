@@ -13,9 +13,14 @@ from mc_transformers.conversion.convert import convert
 
 
 DELTA = (
-    {}, {"use_gate": False}, {"use_short_conv": False}, {"allow_neg_eigval": True}, {"expand_v": 1.0, "conv_size": 2},
-    {"num_v_heads": 6, "norm_eps": 0.01}, {"tie_word_embeddings": True, "num_v_heads": 4, "allow_neg_eigval": True},
-)  # fmt: skip
+    {},
+    {"use_gate": False},
+    {"use_short_conv": False},
+    {"allow_neg_eigval": True},
+    {"expand_v": 1.0, "conv_size": 2},
+    {"num_v_heads": 6, "norm_eps": 0.01},
+    {"tie_word_embeddings": True, "num_v_heads": 4, "allow_neg_eigval": True},
+)
 VARIANTS = [("linear_attn", {}), ("retnet", {}), *(("gated_deltanet", fields) for fields in DELTA)]
 
 
@@ -53,13 +58,18 @@ def test_linear_attention_is_the_same_in_independent_segments_that_are_added_up(
 
 
 REFUSED = [
-    ("linear_attn", {"feature_map": "elementwise_product"}), ("linear_attn", {"norm_q": True}),
-    ("linear_attn", {"norm_feature_map": True}), ("linear_attn", {"num_kv_heads": 1}),
-    ("retnet", {"attn": {"layers": [0]}}), ("retnet", {"use_short_conv": True}),
-    ("retnet", {"use_output_gate": False}), ("retnet", {"feature_map": "relu"}),
-    ("gated_deltanet", {"attn": {"layers": [0]}}), ("gated_deltanet", {"hidden_act": "relu"}),
+    ("linear_attn", {"feature_map": "elementwise_product"}),
+    ("linear_attn", {"norm_q": True}),
+    ("linear_attn", {"norm_feature_map": True}),
+    ("linear_attn", {"num_kv_heads": 1}),
+    ("retnet", {"attn": {"layers": [0]}}),
+    ("retnet", {"use_short_conv": True}),
+    ("retnet", {"use_output_gate": False}),
+    ("retnet", {"feature_map": "relu"}),
+    ("gated_deltanet", {"attn": {"layers": [0]}}),
+    ("gated_deltanet", {"hidden_act": "relu"}),
     ("gated_deltanet", {"num_v_heads": 3}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("kind", "fields"), REFUSED, ids=str)

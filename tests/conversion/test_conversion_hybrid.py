@@ -21,10 +21,17 @@ from mc_transformers.conversion.convert import convert
 
 
 HYBRID = SIZES | {
-    "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10, "linear_conv_kernel_dim": 4,
-}  # fmt: skip
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+}
 QWEN = HYBRID | {"head_dim": 16}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 KINDS = {
@@ -66,8 +73,14 @@ def test_it_runs_and_trains_with_segments(tmp_path, make, kind, aggregation):
 
 
 def test_mixture_of_experts_is_refused(tmp_path, make):
-    make("qwen3-next", mlp_only_layers=[], num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8,
-         shared_expert_intermediate_size=8)  # fmt: skip
+    make(
+        "qwen3-next",
+        mlp_only_layers=[],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )
     with pytest.raises(ValueError, match="mixture of experts.*num_experts"):
         convert(tmp_path / "source", tmp_path / "ours")
 

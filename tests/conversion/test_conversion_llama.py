@@ -6,14 +6,7 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from conversion_sources import IDS, SIZES, TOKENS, make_kind, train
 from mc_transformers import MCForCausalLM
@@ -23,8 +16,12 @@ from mc_transformers.hub.flat import flat_files
 
 
 SMALL = SIZES | {
-    "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 SCALED = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 KINDS = {
     "llama": (LlamaForCausalLM, LlamaConfig, SMALL),
@@ -149,12 +146,13 @@ def test_command_line(tmp_path, make, capsys):
 @pytest.mark.parametrize(
     ("kind", "fields", "layers", "words"),
     [
-        ("llama biased", {}, [0], "attention_bias"), ("llama", {}, [4], "layers=\\[4\\].*0 to 3"),
+        ("llama biased", {}, [0], "attention_bias"),
+        ("llama", {}, [4], "layers=\\[4\\].*0 to 3"),
         ("llama", {"hidden_act": "gelu"}, None, "hidden_act"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None, "sliding_att"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}, None, "sliding_att"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(tmp_path, make, kind, fields, layers, words):
     make(kind, **fields)
     with pytest.raises(ValueError, match=words):

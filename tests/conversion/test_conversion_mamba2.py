@@ -18,9 +18,15 @@ from mc_transformers.conversion.convert import convert, verify_logits
 # Transformers 5.16 normalises all groups as one, which its later versions and the authors' code do not
 GROUPS = 2 if "group_size" in inspect.signature(MambaRMSNormGated).parameters else 1
 FIELDS = SIZES | {
-    "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8, "state_size": 10, "n_groups": GROUPS, "expand": 2,
-    "conv_kernel": 4, "chunk_size": 8,
-}  # fmt: skip
+    "num_hidden_layers": 2,
+    "num_heads": 6,
+    "head_dim": 8,
+    "state_size": 10,
+    "n_groups": GROUPS,
+    "expand": 2,
+    "conv_kernel": 4,
+    "chunk_size": 8,
+}
 
 
 def mamba2(folder, **fields) -> Mamba2ForCausalLM:
@@ -37,15 +43,26 @@ def state_spaces(folder, target, suffix: str = "bin", **layer) -> None:
     theirs = json.loads((folder / "config.json").read_text())
     target.mkdir()
     config = {
-        "d_model": theirs["hidden_size"], "d_intermediate": 0, "n_layer": theirs["num_hidden_layers"],
-        "vocab_size": theirs["vocab_size"] - 5, "attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True,
-        "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": theirs["vocab_size"],
+        "d_model": theirs["hidden_size"],
+        "d_intermediate": 0,
+        "n_layer": theirs["num_hidden_layers"],
+        "vocab_size": theirs["vocab_size"] - 5,
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": theirs["vocab_size"],
         "tie_embeddings": theirs["tie_word_embeddings"],
         "ssm_cfg": {
-            "layer": "Mamba2", "d_state": theirs["state_size"], "headdim": theirs["head_dim"],
-            "ngroups": theirs["n_groups"], "conv_bias": theirs["use_conv_bias"], **layer,
+            "layer": "Mamba2",
+            "d_state": theirs["state_size"],
+            "headdim": theirs["head_dim"],
+            "ngroups": theirs["n_groups"],
+            "conv_bias": theirs["use_conv_bias"],
+            **layer,
         },
-    }  # fmt: skip
+    }
     (target / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
@@ -85,11 +102,14 @@ def test_the_authors_layout_gives_the_same_model(tmp_path, fields, suffix):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        ({"layer": "Mamba1"}, "ssm_cfg.layer.*'Mamba1'.*'Mamba2'"), ({"D_has_hdim": True}, "D_has_hdim"),
-        ({"norm_before_gate": True}, "norm_before_gate"), ({"dt_limit": [0.0, 0.5]}, "dt_limit"),
-        ({"d_ssm": 24}, "d_ssm"), ({"swirl": 1}, "an unknown option.*swirl"),
+        ({"layer": "Mamba1"}, "ssm_cfg.layer.*'Mamba1'.*'Mamba2'"),
+        ({"D_has_hdim": True}, "D_has_hdim"),
+        ({"norm_before_gate": True}, "norm_before_gate"),
+        ({"dt_limit": [0.0, 0.5]}, "dt_limit"),
+        ({"d_ssm": 24}, "d_ssm"),
+        ({"swirl": 1}, "an unknown option.*swirl"),
     ],
-)  # fmt: skip
+)
 def test_what_the_authors_layer_has_beyond_that_is_named(tmp_path, source, layer, words):
     state_spaces(tmp_path / "source", tmp_path / "authors", **layer)
     with pytest.raises(ValueError, match=words):

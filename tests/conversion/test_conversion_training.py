@@ -70,9 +70,14 @@ def test_every_format_gives_the_model_back(tmp_path, model, write):
 
 def test_checkpoint_of_the_trainer(tmp_path, model):
     arguments = TrainingArguments(
-        output_dir=tmp_path / "run", max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True,
-        save_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+        save_steps=1,
+        disable_tqdm=True,
+    )
     Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in tokens(4, 12)]).train()
     assert cli.main(["convert", str(tmp_path / "run" / "checkpoint-1"), str(tmp_path / "model")]) == 0
     assert same(tmp_path / "model", model)
@@ -121,8 +126,11 @@ def test_out_to_a_plain_state_dict_and_in_again(tmp_path, model):
 
 def test_names():
     known = {"model.layers.0.mlp.up_proj.weight", "lm_head.weight"}
-    for name in ("model.layers.0.mlp.up_proj.weight", "app.model.model.layers.0.mlp.up_proj.weight",
-                 "layers.0._checkpoint_wrapped_module.mlp.up_proj.weight"):  # fmt: skip
+    for name in (
+        "model.layers.0.mlp.up_proj.weight",
+        "app.model.model.layers.0.mlp.up_proj.weight",
+        "layers.0._checkpoint_wrapped_module.mlp.up_proj.weight",
+    ):
         assert our_name(name, known) == "model.layers.0.mlp.up_proj.weight"
     assert our_name("app.optim.state.model.layers.0.mlp.up_proj.weight.exp_avg", known) is None
     with pytest.raises(ValueError, match="left over"):
@@ -188,9 +196,14 @@ def empty(folder):
 
 
 BAD = {
-    bad_index: "no index of a sharded", cut_index: "damaged", cut_data: "damaged or cut off", lost_data: "not there",
-    code_in_a_file: "holds code", no_state_dict: "no state dict", empty: "holds no model.safetensors",
-}  # fmt: skip
+    bad_index: "no index of a sharded",
+    cut_index: "damaged",
+    cut_data: "damaged or cut off",
+    lost_data: "not there",
+    code_in_a_file: "holds code",
+    no_state_dict: "no state dict",
+    empty: "holds no model.safetensors",
+}
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

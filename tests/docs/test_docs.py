@@ -159,9 +159,13 @@ def check_pip(words: list[str]) -> None:
 
 
 CHECKS = {
-    "python": check_program, "mc-transformers": check_cli, "make": check_make, "accelerate": check_accelerate,
-    "torchrun": check_torchrun, "pip": check_pip,
-}  # fmt: skip
+    "python": check_program,
+    "mc-transformers": check_cli,
+    "make": check_make,
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "pip": check_pip,
+}
 COMMANDS = [
     pytest.param(words, id=f"{page.name}:{line}:{number}")
     for page in PAGES

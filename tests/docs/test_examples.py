@@ -21,18 +21,29 @@ from helpers import assert_close, tokens
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "segment_size": 16,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "segment_size": 16,
+}
 STEPS = 4
 
 
 def arguments(folder: Path, **options) -> list[str]:
     """A command line; `True` stands for an option without a value."""
     options = {
-        "train_files": str(folder / "*.txt"), "block": 96, "max_steps": STEPS, "logging_steps": 1, "use_cpu": True,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": "true", "learning_rate": 3e-3,
+        "train_files": str(folder / "*.txt"),
+        "block": 96,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "learning_rate": 3e-3,
         "per_device_train_batch_size": 4,
-    } | options  # fmt: skip
+    } | options
     pairs = ([f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in options.items())
     return [word for pair in pairs for word in pair]
 
@@ -125,9 +136,18 @@ def test_train_on_two_ranks(texts, tmp_path, monkeypatch, capsys):
     call(monkeypatch, train_lm, *arguments(texts, **options, output_dir=tmp_path / "one"))
     alone = re.findall(r"'loss': '?([\d.]+)", capsys.readouterr().out)
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--main_process_port", "0", "--mixed_precision", "no", str(EXAMPLES / "train_lm.py"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        str(EXAMPLES / "train_lm.py"),
+    ]
     argv = arguments(texts, **options, per_device_train_batch_size=2, output_dir=tmp_path / "two")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*launch, *argv], env=environment, text=True, capture_output=True)

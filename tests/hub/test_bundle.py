@@ -70,10 +70,12 @@ def package(folder, monkeypatch, **sources):
 
 def test_imports_are_rewritten_from_anywhere(tmp_path, monkeypatch):
     package(
-        tmp_path, monkeypatch, configuration_mc="import os\n",
+        tmp_path,
+        monkeypatch,
+        configuration_mc="import os\n",
         modeling_mc__model="from ..configuration_mc import (\n    os,\n)\nfrom .parts import A\n",
         modeling_mc__parts__a="A = 1\n",
-    )  # fmt: skip
+    )
     parts = tmp_path / "modeling_mc" / "parts" / "__init__.py"
     parts.write_text("from .a import A\nfrom ...configuration_mc import os\n")
     files = flat.flat_files()
@@ -233,7 +235,7 @@ def test_card_says_what_the_config_says(bundled):
         ({"segmentation": "logarithmic"}, ["when the length doubles"], ["grows by one memory per"]),
         ({}, ["grows by one memory per 8 tokens"], ["one running state", "attention layers"]),
     ],
-)  # fmt: skip
+)
 def test_card_says_what_the_cache_keeps(fields, said, not_said):
     config = small_config("linear", **{"aggregation": "grm", "segment_size": 8, "num_hidden_layers": 1} | fields)
     text = str(card.render(config, "me/model"))
@@ -269,10 +271,25 @@ def test_results_come_from_json_and_nowhere_else(tmp_path, capsys, checkpoint):
     file = tmp_path / "eval.json"
     known = result(dataset_id="me/bench", task_id="all", metric="accuracy")
     file.write_text(json.dumps({"results": [result(), known]}))
-    code = cli.main([
-        "bundle", str(checkpoint), str(tmp_path / "out"), "--no-verify", "--results", str(file), "--license", "mit",
-        "--base-model", "me/base", "--language", "en", "de", "--datasets", "me/data",
-    ])  # fmt: skip
+    code = cli.main(
+        [
+            "bundle",
+            str(checkpoint),
+            str(tmp_path / "out"),
+            "--no-verify",
+            "--results",
+            str(file),
+            "--license",
+            "mit",
+            "--base-model",
+            "me/base",
+            "--language",
+            "en",
+            "de",
+            "--datasets",
+            "me/data",
+        ]
+    )
     assert code == 0
     loaded = ModelCard.load(tmp_path / "out" / "README.md")
     assert "| held-out | loss | 9.25e-07 nats per token |" in loaded.text

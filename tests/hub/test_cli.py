@@ -150,10 +150,12 @@ def test_generate_goes_on_from_a_memory(capsys, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--memory", "file"], "is no folder"), (["--memory", "typo", "--keep-memory"], "typo holds no memory"),
-        (["--keep-memory"], "without --memory"), (["--memory", "file/notes"], "Not a directory"),
+        (["--memory", "file"], "is no folder"),
+        (["--memory", "typo", "--keep-memory"], "typo holds no memory"),
+        (["--keep-memory"], "without --memory"),
+        (["--memory", "file/notes"], "Not a directory"),
     ],
-)  # fmt: skip
+)
 def test_generate_refuses_a_memory_before_it_reads(capsys, checkpoint, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -306,10 +308,13 @@ def test_help_and_usage(capsys):
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"examples:\n  mc-transformers {command}" in capsys.readouterr().out
     wrong = [
-        ["unknown"], ["eval", "model", "text", "--length", "1"], ["generate", "model", "--temperature", "nan"],
-        ["generate", "model", "--top-p", "2"], ["generate", "model", "--top-k", "-1"],
+        ["unknown"],
+        ["eval", "model", "text", "--length", "1"],
+        ["generate", "model", "--temperature", "nan"],
+        ["generate", "model", "--top-p", "2"],
+        ["generate", "model", "--top-k", "-1"],
         ["convert", "a", "b", "--layers", "x"],
-    ]  # fmt: skip
+    ]
     for argv in wrong:
         with pytest.raises(SystemExit) as ended:
             cli.main(argv)

@@ -87,8 +87,11 @@ def test_publish_and_load_from_the_hub_without_the_package(capsys, hub, checkpoi
     ids = tokens(2, 30)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
     environment = os.environ | {
-        "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
-    }  # fmt: skip
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"),
+    }
     subprocess.run([sys.executable, "-c", LOAD, "v1"], cwd=tmp_path, env=environment, check=True)
     with torch.no_grad():
         expected = cli.load_model(checkpoint)(ids).logits
@@ -195,9 +198,15 @@ def test_trainer_pushes_a_complete_repository(hub, tmp_path):
     """`Trainer.push_to_hub`, with the Trainer's own card."""
     model = build(small_config("linear"))
     arguments = TrainingArguments(
-        output_dir=tmp_path / "trained", max_steps=1, per_device_train_batch_size=2, report_to="none",
-        hub_model_id="me/trained", use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=tmp_path / "trained",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        hub_model_id="me/trained",
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     data = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 12)]
     trainer = Trainer(model=model, args=arguments, train_dataset=data)
     trainer.train()

@@ -255,9 +255,7 @@ def test_selected_read(case, key, value, dtype, poison):
     rows, _, _, heads, _ = index.shape
     q = randn(*index.shape[:-1], key)
     states = randn(rows, SELECTED[case].get("memories", 5), heads, key, value).to(dtype)
-    compare(
-        lambda q, w, s, backend: selected_read(q, w, s, index, backend), [q, weights, states], (0,), dtype
-    )  # fmt: skip
+    compare(lambda q, w, s, backend: selected_read(q, w, s, index, backend), [q, weights, states], (0,), dtype)
 
 
 @inside
@@ -295,9 +293,18 @@ TOKENS = {
 
 
 def token_inputs(
-    rows=2, memories=6, heads=2, key=5, value=7, summary=4, blocks=1, top_k=0, function="softmax", given=False,
+    rows=2,
+    memories=6,
+    heads=2,
+    key=5,
+    value=7,
+    summary=4,
+    blocks=1,
+    top_k=0,
+    function="softmax",
+    given=False,
     stored=torch.float32,
-):  # fmt: skip
+):
     """Inputs of `decode_step` in which a row reads nothing and what cannot be read is NaN; and the same in float64."""
     q, u = randn(rows, heads, key).float(), randn(rows, heads, summary).to(DTYPES[memories % 3])
     online, logit = randn(rows, heads, key, value).float(), randn(rows, heads).float()

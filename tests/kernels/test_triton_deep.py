@@ -158,9 +158,19 @@ WRITES = {  # sizes and flags of `write_inputs`, loss, read
 
 
 def write_inputs(
-    norm: bool, read: int, rows=2, chunks=2, chunk=5, heads=1, dim=9, hidden=19, parts=2, gated=True, resumed=False,
+    norm: bool,
+    read: int,
+    rows=2,
+    chunks=2,
+    chunk=5,
+    heads=1,
+    dim=9,
+    hidden=19,
+    parts=2,
+    gated=True,
+    resumed=False,
     run=(0, 0),
-) -> list:  # fmt: skip
+) -> list:
     """All of `deep_write` but loss and read: rows before the norm have everyday size, and a step moves maps a little,
     so that fp32 itself is exact enough to be compared with."""
     tokens, cells = (rows, chunks * chunk, heads), (rows, chunks, heads)

@@ -45,9 +45,14 @@ def step_inputs(
         log_decay[0, -1] = -torch.inf
     pair = (randn(*group, key).float(), randn(*group, value).float(), randn(*group).float()) if again else None
     return [
-        randn(*group, key, value).float(), randn(*group, key).to(dtype), randn(*group, value).to(dtype), log_decay,
-        randn(*group).sigmoid().float() if write else None, pair, delta,
-    ]  # fmt: skip
+        randn(*group, key, value).float(),
+        randn(*group, key).to(dtype),
+        randn(*group, value).to(dtype),
+        log_decay,
+        randn(*group).sigmoid().float() if write else None,
+        pair,
+        delta,
+    ]
 
 
 def double(x):
@@ -209,9 +214,7 @@ def launches(monkeypatch) -> dict[str, int]:
 
 
 @inside
-@pytest.mark.parametrize(
-    "case, static", [*((case, False) for case in DECODED), ("swla", True), ("oldest", True)]
-)
+@pytest.mark.parametrize("case, static", [*((case, False) for case in DECODED), ("swla", True), ("oldest", True)])
 @torch.no_grad()
 def test_model_decodes_the_same(case, static, launches):
     """Logits and everything in the cache: rows at different places, tokens that are padding, a border of segments."""
@@ -286,8 +289,6 @@ def test_model_compiles_into_one_graph(launches):
     model(ids[:, :6], cache=cache)
     model.config.mc_backend = "triton"
     step = torch.compile(model, backend="aot_eager", fullgraph=True)
-    out = [
-        step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 12)
-    ]
+    out = [step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 12)]
     assert relative_error(torch.cat(out, 1), full[:, 6:]) < 1e-5
     assert launches["state_step"] >= 6 and launches["slot_write"] >= 24

@@ -1,6 +1,6 @@
 """Runs under torchrun with gloo: every job compares what several ranks compute with what one process computes.
 
-    torchrun --standalone --nproc_per_node 2 tests/model/distributed_jobs.py context_parallel
+torchrun --standalone --nproc_per_node 2 tests/model/distributed_jobs.py context_parallel
 """
 
 import os
@@ -118,8 +118,10 @@ def context_parallel_refuses() -> None:
             model(ids, use_cache=False)
     model = build(small_config(**SEGMENTS))
     for name, value in {
-        "use_cache": True, "attention_mask": torch.ones_like(ids), "cu_seq_lens": torch.tensor([0, 3, 8]),
-    }.items():  # fmt: skip
+        "use_cache": True,
+        "attention_mask": torch.ones_like(ids),
+        "cu_seq_lens": torch.tensor([0, 3, 8]),
+    }.items():
         key = "cu_seq_lens_q" if name == "cu_seq_lens" else name
         with pytest.raises(ValueError, match=f"context_parallel: `{name}`"), context_parallel():
             model(ids, **{"use_cache": False, key: value})
@@ -137,10 +139,13 @@ KINDS = {
     "gated_delta-ssc": {"memory": "gated_delta", "aggregation": "ssc"},
     "titans-soup": {"memory": "titans", "aggregation": "soup", "gate_source": "query"},
     "lstm-residual": {"memory": "lstm", "aggregation": "residual"},
-    "hybrid": {"layer_types": ["memory_caching", "full_attention", "memory_caching", "sliding_attention"],
-               "sliding_window": 5, "num_key_value_heads": 1},
+    "hybrid": {
+        "layer_types": ["memory_caching", "full_attention", "memory_caching", "sliding_attention"],
+        "sliding_window": 5,
+        "num_key_value_heads": 1,
+    },
     "tied": {"tie_word_embeddings": True},
-}  # fmt: skip
+}
 GREEDY = {"do_sample": False, "max_new_tokens": 14}
 
 
@@ -264,9 +269,19 @@ def sharding_in_half_precision() -> None:
 
 def trained(model, folder: str, batch_size: int) -> tuple[list[float], torch.nn.Module]:
     args = TrainingArguments(
-        folder, max_steps=4, per_device_train_batch_size=batch_size, learning_rate=1e-2, logging_steps=1, optim="sgd",
-        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, weight_decay=0.1,
-    )  # fmt: skip
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-2,
+        logging_steps=1,
+        optim="sgd",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        weight_decay=0.1,
+    )
     data = [{"input_ids": row, "labels": row} for row in tokens(16, 3 * SIZE + 1)]
     run = Trainer(model, args, train_dataset=data)
     run.train()
@@ -305,15 +320,25 @@ def trainer_alone(folder: str) -> None:
 
 
 LAUNCHED = (  # what torchrun tells its processes
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
-    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 JOBS = {
     "context_parallel": (
-        context_parallel_equals_one_process, context_parallel_with_checkpointing, context_parallel_refuses,
-    ),
-}  # fmt: skip
+        context_parallel_equals_one_process,
+        context_parallel_with_checkpointing,
+        context_parallel_refuses,
+    )
+}
 
 
 def main(name: str) -> None:

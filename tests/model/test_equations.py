@@ -5,17 +5,7 @@ import itertools
 import pytest
 import torch
 
-from helpers import (
-    MEMORY_NAMES,
-    accepts,
-    assert_close,
-    build,
-    combinations,
-    family,
-    name_of,
-    small_config,
-    tokens,
-)
+from helpers import MEMORY_NAMES, accepts, assert_close, build, combinations, family, name_of, small_config, tokens
 from mc_transformers.configuration_mc import CHOICES
 
 
@@ -106,11 +96,17 @@ OPTIONS = {
     "segment-1": {"segment_size": 1, "memory_chunk_size": 1},
     "segment-is-chunk": {"segment_size": 4, "state_init": "checkpoint"},
     "two-layers": {"num_hidden_layers": 2},
-    **{f"bounded-{who}-{kind}": {"max_cached_segments": 1, "cache_eviction": who, "aggregation": kind}
-       for who in CHOICES["cache_eviction"] for kind in ("grm", "ssc")},
-    **{f"vector-add-{kind}": {"vector_read": "add", "aggregation": kind}
-       for kind in CHOICES["aggregation"] if kind not in ("none", "soup")},
-}  # fmt: skip
+    **{
+        f"bounded-{who}-{kind}": {"max_cached_segments": 1, "cache_eviction": who, "aggregation": kind}
+        for who in CHOICES["cache_eviction"]
+        for kind in ("grm", "ssc")
+    },
+    **{
+        f"vector-add-{kind}": {"vector_read": "add", "aggregation": kind}
+        for kind in CHOICES["aggregation"]
+        if kind not in ("none", "soup")
+    },
+}
 
 
 def with_options() -> list:

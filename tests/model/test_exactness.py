@@ -8,17 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from helpers import (
-    MEMORY_NAMES,
-    VOCAB,
-    accepts,
-    assert_close,
-    build,
-    family,
-    name_of,
-    small_config,
-    tokens,
-)
+from helpers import MEMORY_NAMES, VOCAB, accepts, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCModel
 from mc_transformers.configuration_mc import CHOICES
 
@@ -27,10 +17,7 @@ SIZE = 4
 SEGMENTS = {"segment_size": SIZE, "memory_chunk_size": 2}
 # every memory once per way that its states are kept and read
 KINDS = family(aggregation=["none", "grm", "ssc"])
-HYBRIDS = {
-    "full": ["memory_caching", "full_attention"],
-    "sliding": ["sliding_attention", "memory_caching"],
-}
+HYBRIDS = {"full": ["memory_caching", "full_attention"], "sliding": ["sliding_attention", "memory_caching"]}
 
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -97,12 +84,7 @@ def test_sub_blocks_in_pieces(blocks, segmentation, borders):
     assert_close(in_pieces(model, ids, borders)[0], plain(model, ids[0]), 1e-4)
 
 
-LEFT_RIGHT_HOLES = [
-    [0] * 5 + [1] * 14,
-    [1] * 13 + [0] * 6,
-    [1] * 3 + [0] * 5 + [1, 0] * 4 + [1] * 3,
-    [1] * 19,
-]
+LEFT_RIGHT_HOLES = [[0] * 5 + [1] * 14, [1] * 13 + [0] * 6, [1] * 3 + [0] * 5 + [1, 0] * 4 + [1] * 3, [1] * 19]
 
 
 def test_padding_and_batch(model):

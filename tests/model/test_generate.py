@@ -255,9 +255,7 @@ def test_reset_select_and_repeat(linear):
         assert_close(linear(more[[2, 0]], cache=cache).logits, expected[[2, 0]], 1e-10)
         cache = feed_ids(linear, ids)
         cache.batch_repeat_interleave(2)
-        assert_close(
-            linear(more.repeat_interleave(2, 0), cache=cache).logits, expected.repeat_interleave(2, 0), 1e-10
-        )
+        assert_close(linear(more.repeat_interleave(2, 0), cache=cache).logits, expected.repeat_interleave(2, 0), 1e-10)
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
         whole = linear(torch.cat([ids, more], 1), cache=cache).logits[:, PROMPT:]

@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from helpers import (
-    MEMORY_NAMES,
-    ONE_MAP_MEMORIES,
-    assert_close,
-    build,
-    combinations,
-    name_of,
-    small_config,
-    tokens,
-)
+from helpers import MEMORY_NAMES, ONE_MAP_MEMORIES, assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 

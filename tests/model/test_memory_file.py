@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers import (
-    MEMORY_NAMES,
-    assert_close,
-    build,
-    combinations,
-    name_of,
-    relative_error,
-    small_config,
-    tokens,
-)
+from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, relative_error, small_config, tokens
 from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc import cache as mc_cache
@@ -27,9 +18,12 @@ from mc_transformers.modeling_mc.memory_file import FILE
 
 AGGREGATIONS = [a for a in CHOICES["aggregation"] if a != "none"]
 BOUNDED = combinations(
-    memory=["linear", "swla"], aggregation=AGGREGATIONS, state_init=CHOICES["state_init"],
-    cache_eviction=CHOICES["cache_eviction"], max_cached_segments=[3],
-)  # fmt: skip
+    memory=["linear", "swla"],
+    aggregation=AGGREGATIONS,
+    state_init=CHOICES["state_init"],
+    cache_eviction=CHOICES["cache_eviction"],
+    max_cached_segments=[3],
+)
 
 
 @pytest.mark.parametrize("fields", BOUNDED, ids=name_of)
@@ -53,9 +47,15 @@ def test_bounded_cache_is_the_same_in_one_pass_in_pieces_and_token_by_token(fiel
 
 @torch.no_grad()
 def test_who_leaves_a_full_cache() -> None:
-    """"oldest" forgets the first segment; "least_read" keeps it when it is what the tokens ask for."""
-    base = {"aggregation": "grm", "segment_size": 4, "max_cached_segments": 2, "gate_source": "query",
-            "conv_kernel_size": 0, "qk_norm": False}  # fmt: skip
+    """ "oldest" forgets the first segment; "least_read" keeps it when it is what the tokens ask for."""
+    base = {
+        "aggregation": "grm",
+        "segment_size": 4,
+        "max_cached_segments": 2,
+        "gate_source": "query",
+        "conv_kernel_size": 0,
+        "qk_norm": False,
+    }
     kept = {}
     for who in CHOICES["cache_eviction"]:
         model = build(small_config(**base, cache_eviction=who))
@@ -160,9 +160,7 @@ def test_memory_file_of_a_quantised_cache(tmp_path) -> None:
     cache.save_pretrained(tmp_path)
     loaded = MCCache.from_pretrained(tmp_path, model)
     assert loaded.nbytes == cache.nbytes
-    assert torch.equal(
-        model(ids[:, 20:], cache=loaded).logits, model(ids[:, 20:], cache=cache).logits
-    )
+    assert torch.equal(model(ids[:, 20:], cache=loaded).logits, model(ids[:, 20:], cache=cache).logits)
 
 
 @torch.no_grad()

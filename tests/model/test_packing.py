@@ -18,10 +18,20 @@ def documents() -> list[dict]:
 def trained(tmp_path, model, batch_size: int, collator: DataCollatorWithFlattening | None) -> Trainer:
     """One step on all documents at once, or one after the other with their gradients summed."""
     args = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=batch_size, learning_rate=1e-2, logging_steps=1,
-        gradient_accumulation_steps=len(LENGTHS) // batch_size, report_to="none", save_strategy="no", use_cpu=True,
-        disable_tqdm=True, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-2,
+        logging_steps=1,
+        gradient_accumulation_steps=len(LENGTHS) // batch_size,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        optim="sgd",
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+    )
     data = documents()
     if collator is None:
         data = [{**row, "labels": row["input_ids"]} for row in data]
@@ -64,10 +74,13 @@ def test_positions_that_do_not_restart_are_accepted():
         assert torch.equal(model(ids, position_ids=positions).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"cu_seq_lens_q": torch.tensor([0, 3, 10])}, "batch of one row"),
-    ({"seq_idx": torch.zeros(2, 10, dtype=torch.int32)}, "seq_idx"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 10])}, "batch of one row"),
+        ({"seq_idx": torch.zeros(2, 10, dtype=torch.int32)}, "seq_idx"),
+    ],
+)
 def test_packed_batches_have_one_row(given, message):
     with pytest.raises(ValueError, match=message):
         build(small_config())(tokens(2, 10), use_cache=False, **given)

@@ -41,9 +41,10 @@ def test_text_generation(saved, caplog):
     assert "not supported" not in caplog.text
 
 
-@pytest.mark.parametrize("task, cls", [
-    ("text-classification", MCForSequenceClassification), ("token-classification", MCForTokenClassification),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, cls",
+    [("text-classification", MCForSequenceClassification), ("token-classification", MCForTokenClassification)],
+)
 def test_classification(tmp_path, task, cls):
     build(small_config(**BYTES, num_labels=3), cls).save_pretrained(tmp_path)
     classify = pipeline(task, str(tmp_path), tokenizer=byte_tokenizer(512), device="cpu")

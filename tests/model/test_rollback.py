@@ -188,25 +188,27 @@ def test_compiled_decoding_never_recompiles(fields: dict) -> None:
     full = model(ids).logits
     cache = StaticCache(config=model.config, max_cache_len=40)
     model(ids[:, :6], cache=cache)
-    addresses = {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
-                 for name, t in layer.tensors.items()}  # fmt: skip
+    addresses = {
+        name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors") for name, t in layer.tensors.items()
+    }
     counter = CompileCounter()
     step = torch.compile(model, backend=counter, fullgraph=True)
-    out = [
-        step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 37)
-    ]
+    out = [step(ids[:, t : t + 1], cache=cache, position_ids=torch.tensor([[t]])).logits for t in range(6, 37)]
     assert counter.frame_count == 1
-    assert addresses == {name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors")
-                         for name, t in layer.tensors.items()}  # fmt: skip
+    assert addresses == {
+        name: t.data_ptr() for layer in cache.layers if hasattr(layer, "tensors") for name, t in layer.tensors.items()
+    }
     assert_close(torch.cat(out, 1), full[:, 6:])
 
 
 # how many tokens a static cache for 20 tokens can take: slots and levels are for 2 segments of 8 tokens
 ENDS = [
-    ({"memory": "swla"}, 24), ({"memory": "dla"}, 24), ({"aggregation": "residual"}, 24),
+    ({"memory": "swla"}, 24),
+    ({"memory": "dla"}, 24),
+    ({"aggregation": "residual"}, 24),
     ({"memory": "titans", "segmentation": "logarithmic"}, 32),
     *((fields, 50) for fields in [*BOUNDED, {"aggregation": "none"}]),
-]  # fmt: skip
+]
 STATIC = [{"memory": "swla"}, {"memory": "dla"}, {"memory": "titans", "segmentation": "logarithmic"}, *BOUNDED]
 
 

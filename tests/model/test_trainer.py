@@ -36,9 +36,16 @@ class Rows(Dataset):
 
 def trainer(folder, model=None, data=None, **options) -> Trainer:
     options = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4, "logging_steps": 1,
-        "learning_rate": 3e-3, "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True,
-    } | options  # fmt: skip
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | options
     if model is None:
         model = build(small_config("gated_linear", num_hidden_layers=2))
     args = TrainingArguments(**options)
@@ -164,9 +171,14 @@ def test_classifier(tmp_path):
 def test_best_model(tmp_path):
     """Evaluation while training, the best checkpoint at the end, exported as a model that loads."""
     run = trainer(
-        tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, save_total_limit=1,
-    )  # fmt: skip
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+    )
     run.train()
     best = min(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
     run.save_model(str(tmp_path / "final"))

@@ -88,9 +88,17 @@ def trained(tmp_path, data, **arguments) -> tuple[list[float], torch.nn.Module]:
     model = build(small_config(segment_size=4, memory_chunk_size=2)).train()
     arguments = {"gradient_accumulation_steps": 1} | arguments
     options = TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=1e-3, logging_steps=1, report_to=[], save_strategy="no", seed=1,
-        use_cpu=True, disable_tqdm=True, **arguments,
-    )  # fmt: skip
+        str(tmp_path),
+        max_steps=3,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        seed=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        **arguments,
+    )
     trainer = Trainer(model, options, train_dataset=data)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], model
@@ -170,9 +178,7 @@ def test_half_precision_model(memory, dtype):
         assert out.logits.dtype == dtype
         assert_close(out.logits.float(), wanted.logits, 0.3)
         assert (out.logits.float() - wanted.logits).abs().mean() < 0.05
-        assert {t.dtype for n, t in out[CACHE_NAME].layers[0].tensors.items() if n[:4] == "kept"} == {
-            torch.float32
-        }
+        assert {t.dtype for n, t in out[CACHE_NAME].layers[0].tensors.items() if n[:4] == "kept"} == {torch.float32}
         cache = MCCache(config=config)
         steps = torch.cat([model(x, cache=cache).logits for x in ids.split(1, dim=1)], 1)
         assert (steps.float() - out.logits.float()).abs().mean() < 0.05

@@ -46,12 +46,13 @@ TABLES = {
     "padding": {"num_tokens": 24, "attention_mask": torch.tensor([[0] * 5 + [1] * 19, [1] * 3 + [0] * 21])},
     "resumed": {"num_tokens": 13, "position": torch.tensor([11, 3])},
     "resumed-with-padding": {
-        "num_tokens": 6, "position": torch.tensor([8, 6]),
+        "num_tokens": 6,
+        "position": torch.tensor([8, 6]),
         "attention_mask": torch.tensor([[1] * 6, [0] * 4 + [1] * 2]),
     },
     "nothing-in-a-row": {"num_tokens": 4, "attention_mask": torch.tensor([[0] * 4, [1] * 4])},
     "packed": {"num_tokens": 30, "cu_seq_lens": torch.tensor([0, 3, 11, 12, 30]), "batch_size": 1},
-}  # fmt: skip
+}
 
 
 def table_of(case: str) -> SegmentTable:
@@ -134,9 +135,7 @@ def recurrence_inputs(lstm: bool, empty: bool) -> list:
 
 
 def with_gradients(inputs: list) -> list:
-    return [
-        x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs
-    ]
+    return [x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
 
 
 RECURRENCES = {"lstm": (True, False), "lstm-with-empty-slots": (True, True), "gru": (False, False)}
