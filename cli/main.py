@@ -32,7 +32,6 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    import torch
     from transformers import TextStreamer, set_seed
 
     from .. import MCCache
@@ -44,8 +43,8 @@ def run_generate(args: argparse.Namespace) -> None:
     elif args.keep_memory:
         raise ValueError("--keep-memory has no meaning without --memory")
     tokenizer = load_tokenizer(args.checkpoint, args.revision)
-    inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
-    if not inputs["input_ids"].numel():
+    ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    if not ids.numel():
         raise ValueError("the prompt has no tokens: give --prompt or text on stdin")
     model = load_model(args.checkpoint, args.dtype, args.device, args.revision, head="MCForCausalLM")
     set_seed(args.seed)
@@ -55,14 +54,12 @@ def run_generate(args: argparse.Namespace) -> None:
     sampling = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    # generate() wants the ids of remembered tokens too, counts them, and reads only what comes after them
-    ids = torch.nn.functional.pad(inputs["input_ids"], (seen, 0)).to(model.device)
+    inputs = cache.prompt(ids.to(model.device))
     if not args.skip_prompt:
         print(prompt, end="", flush=True)
     start = time.perf_counter()
     output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        **inputs,
         cache=cache,
         use_cache=True,  # a generation config that says no would have every token read again and again
         max_new_tokens=args.max_new_tokens,
@@ -70,10 +67,10 @@ def run_generate(args: argparse.Namespace) -> None:
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
-    seconds, new = time.perf_counter() - start, output.shape[1] - ids.shape[1]
+    seconds, new = time.perf_counter() - start, output.shape[1] - seen - ids.shape[1]
     before = f"{seen} remembered + " if seen else ""
     print(
-        f"[{before}{ids.shape[1] - seen} + {new} tokens in {seconds:.1f} s; cache: {cache.num_segments} finished "
+        f"[{before}{ids.shape[1]} + {new} tokens in {seconds:.1f} s; cache: {cache.num_segments} finished "
         f"segments, {info.human_bytes(cache.nbytes)}]",
         file=sys.stderr,
     )

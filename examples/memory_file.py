@@ -29,12 +29,9 @@ def read(model, tokenizer, text: str, piece: int) -> mc.MCCache:
 def ask(model, tokenizer, cache: mc.MCCache, question: str, max_new_tokens: int) -> str:
     """What the model writes after the document and the question."""
     ids = tokenizer(question, return_tensors="pt")["input_ids"].to(model.device)
-    seen = torch.zeros(1, cache.get_seq_length(), dtype=ids.dtype, device=ids.device)  # stand for what was read
-    mask = torch.ones(1, seen.shape[1] + ids.shape[1], dtype=ids.dtype, device=ids.device)
-    out = model.generate(
-        torch.cat([seen, ids], 1), attention_mask=mask, cache=cache, max_new_tokens=max_new_tokens, do_sample=False
-    )
-    return tokenizer.decode(out[0, mask.shape[1] :], skip_special_tokens=True)
+    prompt = cache.prompt(ids)
+    out = model.generate(**prompt, cache=cache, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def main() -> None:

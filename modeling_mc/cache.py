@@ -87,6 +87,72 @@ class MCCache(DynamicCache):
                 total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
         return total
 
+    # ------------------------------------------------------------------------------------------------------- asking
+    def prompt(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.LongTensor]:
+        """What `generate` wants of a text that goes on from this memory: `generate(**cache.prompt(ids), cache=cache)`.
+
+        `generate` takes the ids of everything that was read, counts them, and looks at what comes after them only. Here
+        zeros stand for what was read (repetition penalties and the ids that `generate` returns have them), so the ids
+        of the document need not be at hand. `cache.prompt(**tokenizer(text, return_tensors="pt"))` works too.
+
+        Args:
+            input_ids: `[B, T]` int64 or int32, what follows in every row of the cache; padding on the left.
+            attention_mask: `[B, T]`, 0 = padding; None = none. Beside attention layers, a document that was read with
+                padding needs the mask of the whole, `[B, read + T]`.
+
+        Returns:
+            `input_ids` and `attention_mask`, `[B, read + T]` each; of an empty cache the text alone.
+
+        Raises:
+            ValueError: ids of another dtype, shape or number of rows than the cache, none at all, a mask of another
+                shape, padding on the right, or a document with padding beside attention layers without its mask.
+        """
+        kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+        if kind not in (torch.int64, torch.int32) or input_ids.ndim != 2 or not input_ids.numel():
+            found = f"{tuple(input_ids.shape)} of {kind}" if isinstance(input_ids, torch.Tensor) else kind
+            raise ValueError(
+                f"`input_ids` must be int64 or int32 of shape (rows, tokens), at least one each, got {found}"
+            )
+        rows, num_tokens = input_ids.shape
+        seen = int(self.get_seq_length())
+        if seen and self._rows != rows:
+            raise ValueError(
+                f"`input_ids` has {rows} rows and the cache {self._rows}, allowed: as many; to ask several questions, "
+                "`batch_repeat_interleave(n)` makes n rows of every one of the cache"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if tuple(attention_mask.shape) not in ((rows, num_tokens), (rows, seen + num_tokens)):
+            raise ValueError(
+                f"`attention_mask` must have shape {(rows, num_tokens)} or, with what was read, "
+                f"{(rows, seen + num_tokens)}, got {tuple(attention_mask.shape)}"
+            )
+        if not bool((attention_mask[:, -1] != 0).all()):
+            raise ValueError("`attention_mask` ends with padding: pad on the left, answers go on from the last token")
+        missing = seen + num_tokens - attention_mask.shape[1]
+        if missing and self._padded_attention(seen):
+            raise ValueError(
+                "`attention_mask` covers the new tokens only, and attention layers must know where the document had "
+                f"padding: give the mask of all {seen + num_tokens} tokens"
+            )
+        return {
+            "input_ids": nn.functional.pad(input_ids, (seen, 0)),
+            "attention_mask": nn.functional.pad(attention_mask, (missing, 0), value=1),
+        }
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the batch that was read."""
+        layer = next(layer for layer in self.layers if layer.is_initialized)
+        return len(layer.position if is_memory_layer(layer) else layer.keys)
+
+    def _padded_attention(self, seen: int) -> bool:
+        """Whether there are attention layers, and rows in which some of the tokens read were padding."""
+        memories = [layer for layer in self.memory_layers if layer.is_initialized]
+        return len(memories) < len(self.layers) and any(bool((layer.position < seen).any()) for layer in memories[:1])
+
     # -------------------------------------------------------------------------------------------------------- files
     def save_pretrained(self, directory: str | os.PathLike, model: nn.Module | None = None) -> None:
         """Write the whole memory to `directory`/memory.safetensors, with a fingerprint of the model that filled it.
