@@ -114,6 +114,10 @@ class Aggregation:
         gating = (fold(online_logit), caches.birth, caches.first, self.function)
         if self.kind == "soup" and self.memory.num_maps > 1:
             return self._soup(q, fold(u), trace, caches, gating, fold)
+        if self.kind == "soup" and self.memory.num_maps == 0:
+            online = tuple(map(fold, trace.states))
+            out = self.memory.soup_read(fold(q), fold(u), online, caches.states, caches.summaries, *gating)
+            return out.reshape(*grid, *out.shape[2:])
         if self.kind == "ssc":
             past, online_gate = self._select(fold(q), fold(u), gating[0], caches, routes)
         else:

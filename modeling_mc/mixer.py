@@ -1,6 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """MCMixer: project → write → read → output, over one segment table."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,7 +47,8 @@ class Projected:
 
     Attributes:
         q, k: `[R, T, H, dk]`. v: `[R, T, H, dv]`. u: `[R, T, H, du]` of the gates, or None without content gates.
-        source: `[R, T, H, du]`, what segment descriptors average, or None. gates: `[R, T, H]` in fp32.
+        source: `[R, T, H, du]`, what segment descriptors average, or None. gates: `[R, T, H]` or, per channel,
+            `[R, T, H, d]`, in fp32.
     """
 
     q: torch.Tensor
@@ -99,9 +101,10 @@ class MCMixer(nn.Module):
         if self.aggregation.uses_gates and config.gate_source == "projection":
             self.u_proj = nn.Linear(width, self.num_heads * config.summary_dim, bias=False)
         for name in self.memory.gate_names:
-            self.add_module(f"{name}_proj", nn.Linear(width, self.num_heads, bias=False))
+            shape = self.memory.gate_shape(name)
+            self.add_module(f"{name}_proj", nn.Linear(width, math.prod(shape), bias=False))
             start = partial(init.constant_, val=self.memory.gate_bias.get(name, 0.0))
-            self.add_module(f"{name}_bias", Bias((self.num_heads,), start))
+            self.add_module(f"{name}_bias", Bias(shape, start))
         if config.conv_kernel_size:
             for name in self.projected:
                 channels = values if name == "v" else keys
@@ -167,10 +170,11 @@ class MCMixer(nn.Module):
             source = self._source(x, k, table)
         dtype = compute_dtype(x)
         raw = {
-            name: getattr(self, f"{name}_proj")(x).to(dtype) + getattr(self, f"{name}_bias")(dtype)
+            name: getattr(self, f"{name}_proj")(x).to(dtype).unflatten(-1, self.memory.gate_shape(name))
+            + getattr(self, f"{name}_bias")(dtype)
             for name in self.memory.gate_names
         }
-        return Projected(q, k, v, u, source, self.memory.gates(raw, k))
+        return Projected(q, k, v, u, source, self.memory.gates(raw, k, x))
 
     # ---------------------------------------------------------------------------------------------- whole sequences
     def _grid(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:

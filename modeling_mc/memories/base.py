@@ -1,7 +1,8 @@
 # Copyright 2026 the mc-transformers authors.
 """The protocol of a base memory: how a token is written (eq. 4) and how a memory answers a query.
 
-To add a memory, write one file with a subclass and register it by one line in `memories/__init__.py`.
+To add a memory, write one file with a subclass and register it by one line in `memories/__init__.py`: of
+`memories.plain.PlainMemory`, which needs no more than a rule for one token, or of `Memory`, which is fast.
 """
 
 from collections.abc import Callable
@@ -60,13 +61,27 @@ class Bias(nn.Module):
 class Memory(nn.Module):
     """A write rule. Its state is a tuple of tensors `[num, H, ...]` in fp32 (float64 for float64 inputs).
 
-    Class attributes:
+    A subclass **must** have `initial_state`, `step` and `read`: the rule token by token, which is decoding and the
+    specification of everything else; and `gates` if its rule has any. With `memories.plain.PlainMemory` as its base
+    class that is all. A subclass that is fast also has
+
+        write           a whole segment grid at once
+        gated_read      the read of `grm`, and of `soup` if `num_maps` is 1
+        selected_read   the read of `ssc`
+        constant_read   the read of `residual` and `mean`
+
+    It **may** have: `gate_shape` (gates per channel); `gate_names_for`, `fp32_parameters_for` (what depends on the
+    config); `check` (what the config may not say); `init_weights`; `align`; `read_cached`, with `own_gates`;
+    `token_read` (a faster read of one token); for `soup`, `between` and `finish` (`num_maps` > 1) or `soup_read` (0).
+
+    Its **flags** are class attributes:
         gate_names: which of the mixer's gate projections the rule takes: "a" decay, "b" momentum or second write
             strength, "e" step size or write strength.
+        gate_bias: start value of each gate's bias.
         num_read: how many leading tensors of the state are needed to read it; only these are cached per segment.
         num_maps: linear maps that a read applies one after the other, each held by one of the leading tensors as
-            `[..., d_in, d_out]`. With one map Memory Soup is GRM; with more, the next two methods connect them.
-        gate_bias: start value of each gate's bias.
+            `[..., d_in, d_out]`. 1: answers are linear in the state, so that Memory Soup is GRM. More: `between` and
+            `finish` connect them. 0: the read is something else, and `soup_read` mixes states.
         own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
             the chosen ones, and reads them with the online answer in the place of the query.
         reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
@@ -101,6 +116,10 @@ class Memory(nn.Module):
             ValueError: there is one.
         """
 
+    def gate_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one token's gate `name`: `(H,)`, or `(H, d)` for one per channel."""
+        return (self.num_heads,)
+
     @classmethod
     def gate_names_for(cls, config) -> tuple[str, ...]:
         """`gate_names` of a memory whose gates depend on the config."""
@@ -131,10 +150,17 @@ class Memory(nn.Module):
     def init_weights(self) -> None:
         """Initialise the memory's own parameters in place; modules inside it have a method of this name too."""
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Gate values from the projections' fp32 pre-activations `[..., H]`; k `[..., H, dk]` gives the shape.
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a token brings besides key and value, by names of the memory's own choice, in fp32.
 
         Zero must be neutral for every value: it fills slots without a token, which may neither write nor decay.
+
+        Args:
+            raw: pre-activations `[..., *gate_shape(name)]` of the projections, in fp32. k: `[..., H, dk]`.
+            x: `[..., hidden]`, the mixer's input, for gates with a projection of their own (low rank).
+
+        Returns:
+            values of any shape `[..., H]` or `[..., H, d]`.
         """
         return {}
 
@@ -155,15 +181,16 @@ class Memory(nn.Module):
         """Write a whole segment grid in parallel over tokens and, unless `carry`, over segments.
 
         Args:
-            q, k: `[R, N, W, H, dk]`; v: `[R, N, W, H, dv]`; gates `[R, N, W, H]`. Slots without a token are zero.
+            q, k: `[R, N, W, H, dk]`; v: `[R, N, W, H, dv]`; gates `[R, N, W, H, ...]`. Without a token, k, v and gates
+                are zero.
             state: where the first grid segment of each row starts, tensors `[R, H, ...]`; None = M_0.
             carry: segments start from the last state of the one before (checkpoint), else from M_0 (independent).
         """
         raise NotImplementedError
 
     def step(self, state: State, k: torch.Tensor, v: torch.Tensor, gates: dict[str, torch.Tensor]) -> State:
-        """The state after one more token: k `[B, H, dk]`, v `[B, H, dv]`, gates `[B, H]` (eq. 4). Tensors of its own:
-        `History.push` may overwrite them."""
+        """The state after one more token: k `[B, H, dk]`, v `[B, H, dv]`, gates `[B, H, ...]` (eq. 4). Tensors of its
+        own: `History.push` may overwrite them."""
         raise NotImplementedError
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
@@ -190,6 +217,11 @@ class Memory(nn.Module):
 
     def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
         """M(q) from the last map's output r (soup of memories with several maps)."""
+        raise NotImplementedError
+
+    def soup_read(self, q, u, online, states, summaries, online_logit, birth, first, function):
+        """The answer of states mixed token by token (eq. 15); as `gated_read`, and online: the leading tensors of the
+        online states `[R, N, W, H, ...]`."""
         raise NotImplementedError
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):

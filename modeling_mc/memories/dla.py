@@ -17,7 +17,7 @@ class DLAMemory(DeepMemory):
     def gate_names_for(cls, config) -> tuple[str, ...]:
         return ("a", "e") if config.memory_decay else ("e",)
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         gates = {"step": STEP_SIZE * raw["e"].sigmoid()}
         if "a" in raw:
             gates["log_decay"] = F.logsigmoid(raw["a"])

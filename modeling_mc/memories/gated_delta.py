@@ -35,7 +35,7 @@ class GatedDeltaMemory(MatrixMemory):
         super().__init__(config)
         self.A_log = Bias((self.num_heads,), spread_rates)
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         decay = self.A_log(raw["a"].dtype).exp() * F.softplus(raw["a"])
         strength = raw["b"].sigmoid()
         return {"log_decay": -decay, "write": 2 * strength if self.config.allow_negative_eigenvalues else strength}

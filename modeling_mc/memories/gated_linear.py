@@ -28,7 +28,7 @@ class GatedLinearMemory(MatrixMemory):
     def fp32_parameters_for(cls, config) -> tuple[str, ...]:
         return ("A_log",) if config.gate_form == "step" else ()
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         if not hasattr(self, "A_log"):
             return {"log_decay": F.logsigmoid(raw["a"])}
         step = F.softplus(raw["a"])

@@ -32,7 +32,7 @@ class SWLAMemory(MatrixMemory):
     gate_names = ("a", "b", "e")
     gate_bias = {"a": 4.0}
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"log_decay": F.logsigmoid(raw["a"]), "again": raw["b"].sigmoid(), "write": raw["e"].sigmoid()}
 
     def initial_state(self, num: int, device: torch.device, dtype: torch.dtype = torch.float32) -> State:

@@ -19,7 +19,7 @@ class TitansMemory(DeepMemory):
     loss = "l2"
     momentum = True
 
-    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {
             "log_decay": F.logsigmoid(raw["a"]),
             "log_momentum": F.logsigmoid(raw["b"]),

@@ -47,7 +47,7 @@ def inputs_of(memory, rows: int = 1, length: int = LENGTH) -> dict[str, torch.Te
 
 
 def gates_of(memory, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return memory.gates({name[4:]: x for name, x in given.items() if name.startswith("raw.")}, given["k"])
+    return memory.gates({name[4:]: x for name, x in given.items() if name.startswith("raw.")}, given["k"], None)
 
 
 def random_state(memory, rows: int = 1) -> list[torch.Tensor]:
@@ -340,7 +340,7 @@ def check_learns(model: MCForCausalLM) -> None:
         torch.randn(1, 16, 2, 64).repeat(1, 4, 1, 1),
     )
     gates = memory.gates(
-        {name: torch.full((1, 64, 2), memory.gate_bias.get(name, 0.0)) for name in memory.gate_names}, k
+        {name: torch.full((1, 64, 2), memory.gate_bias.get(name, 0.0)) for name in memory.gate_names}, k, None
     )
     state = memory.initial_state(1, k.device)
 

@@ -114,7 +114,7 @@ def test_gates_as_published(negative):
     with torch.no_grad():
         memory.A_log.bias.copy_(torch.tensor([0.3, -1.0]))
     raw = {"a": randn(3, 2), "b": 5 * randn(3, 2)}
-    gates = memory.gates(raw, randn(3, 2, 8))
+    gates = memory.gates(raw, randn(3, 2, 8), None)
     for h, rate in enumerate((math.exp(0.3), math.exp(-1.0))):
         for t in range(3):
             a, b = raw["a"][t, h].item(), raw["b"][t, h].item()
@@ -126,7 +126,7 @@ def test_decays_at_the_start():
     """One per head between 0.85 and 0.99 a token, so that no head forgets at once and none never."""
     mixer = MCForCausalLM(small_config("gated_delta", num_attention_heads=4)).model.layers[0].mixer
     raw = {"a": mixer.a_bias.bias.detach(), "b": mixer.b_bias.bias.detach()}
-    decay = mixer.memory.gates(raw, torch.zeros(4, 8))["log_decay"].exp()
+    decay = mixer.memory.gates(raw, torch.zeros(4, 8), None)["log_decay"].exp()
     assert len(set(decay.tolist())) == 4
     assert 0.84 < decay.min() < 0.87 and 0.985 < decay.max() < 0.995
 
