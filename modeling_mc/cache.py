@@ -93,9 +93,9 @@ class MCCache(DynamicCache):
     ) -> dict[str, torch.LongTensor]:
         """What `generate` wants of a text that goes on from this memory: `generate(**cache.prompt(ids), cache=cache)`.
 
-        `generate` takes the ids of everything that was read, counts them, and looks at what comes after them only. Here
-        zeros stand for what was read (repetition penalties and the ids that `generate` returns have them), so the ids
-        of the document need not be at hand. `cache.prompt(**tokenizer(text, return_tensors="pt"))` works too.
+        `generate` takes the ids of everything that was read, counts them, and looks at what comes after them only.
+        Here zeros stand for what was read, so the ids of the document need not be at hand (repetition penalties see
+        them, and `generate` returns them). `cache.prompt(**tokenizer(text, return_tensors="pt"))` works too.
 
         Args:
             input_ids: `[B, T]` int64 or int32, what follows in every row of the cache; padding on the left.
