@@ -24,6 +24,7 @@ from .modeling_mc.model import (
     MCPreTrainedModel,
 )
 from .modeling_mc.warmup import warmup
+from .tokenization_mc import byte_tokenizer
 
 
 __version__ = "0.1.0"
@@ -50,5 +51,6 @@ __all__ = [
     "MCForTokenClassification",
     "MCModel",
     "MCPreTrainedModel",
+    "byte_tokenizer",
     "warmup",
 ]

@@ -9,19 +9,22 @@ Every stage is a process of its own, so whatever a later stage knows it read fro
 At the end one table; every number in it was measured in this run.
 """
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,39 +34,66 @@ from transformers import (
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.hf_argparser import HfArg
 
 import mc_transformers as mc
-from mc_transformers.hub.files import new_folder
-from mc_transformers.modeling_mc.compat import CACHE_NAME
+from mc_transformers.hub.files import new_folder, write_file
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.tasks.experiment import option, save_json  # noqa: E402
-from benchmarks.tasks.text import Blocks, byte_tokenizer, reference_texts, source_texts  # noqa: E402
+SOURCE_TRAIN = ("argparse", "ast", "configparser", "csv", "fractions", "inspect", "shutil", "tarfile", "typing")
+SOURCE_HELD_OUT = ("statistics", "textwrap")
 
 
 @dataclass
 class DemoConfig:
     """Everything adjustable about the demonstration. Every field is a command-line option."""
 
-    output: str = option("outputs/demo", "folder of the model, the adapter and the table")
-    memory: str = option("gated_linear", "write rule of the memory")
-    aggregation: str = option("grm", "read rule of the memory")
-    segment_size: int = option(128, "tokens per segment")
-    hidden_size: int = option(128, "width of the model")
-    layers: int = option(3, "number of layers")
-    heads: int = option(4, "heads per layer")
-    block: int = option(512, "tokens per training sequence")
-    batch: int = option(8, "training sequences per step")
-    steps: int = option(300, "steps of pretraining")
-    lr: float = option(3e-3, "peak learning rate of pretraining")
-    lora_steps: int = option(60, "steps of fine-tuning")
-    lora_lr: float = option(5e-3, "peak learning rate of fine-tuning")
-    lora_rank: int = option(8, "rank of the adapter")
-    prompt: str = option('The "with" statement is used to', "what the trained model continues")
-    context: int = option(4096, "tokens of context at which speed and cache are measured")
-    seed: int = option(0, "seed of weights, data order and sampling")
-    stage: str | None = option(None, "run one stage only (internal)")
+    output: str = HfArg(default="outputs/demo", help="folder of the model, the adapter and the table")
+    memory: str = HfArg(default="gated_linear", help="write rule of the memory")
+    aggregation: str = HfArg(default="grm", help="read rule of the memory")
+    segment_size: int = HfArg(default=128, help="tokens per segment")
+    hidden_size: int = HfArg(default=128, help="width of the model")
+    layers: int = HfArg(default=3, help="number of layers")
+    heads: int = HfArg(default=4, help="heads per layer")
+    block: int = HfArg(default=512, help="tokens per training sequence")
+    batch: int = HfArg(default=8, help="training sequences per step")
+    steps: int = HfArg(default=300, help="steps of pretraining")
+    lr: float = HfArg(default=3e-3, help="peak learning rate of pretraining")
+    lora_steps: int = HfArg(default=60, help="steps of fine-tuning")
+    lora_lr: float = HfArg(default=5e-3, help="peak learning rate of fine-tuning")
+    lora_rank: int = HfArg(default=8, help="rank of the adapter")
+    prompt: str = HfArg(default='The "with" statement is used to', help="what the trained model continues")
+    context: int = HfArg(default=4096, help="tokens of context at which speed and cache are measured")
+    seed: int = HfArg(default=0, help="seed of weights, data order and sampling")
+    stage: str | None = HfArg(default=None, help="run one stage only (internal)")
+
+
+def reference_texts() -> tuple[list[str], list[str]]:
+    """What `help()` shows of Python's language reference, as (training documents, held-out documents), split by topic.
+
+    A checksum of a topic's name decides, so that it stays on its side in every version of Python. Long topics repeat
+    short ones word for word (`compound` contains `if`): paragraphs of a held-out topic are cut out of training.
+    """
+    sides = {name: zlib.crc32(name.encode()) % 10 == 0 for name in sorted(topics)}  # True: held out
+    held_out = [topics[name] for name, out in sides.items() if out]
+    seen = {tuple(p.split()) for text in held_out for p in text.split("\n\n")}
+    train = [topics[name].split("\n\n") for name, out in sides.items() if not out]
+    return ["\n\n".join(p for p in text if tuple(p.split()) not in seen) for text in train], held_out
+
+
+def source_texts() -> tuple[list[str], list[str]]:
+    """Source code of modules of the standard library as (training documents, held-out documents)."""
+    train, held_out = (
+        [inspect.getsource(importlib.import_module(name)) for name in names]
+        for names in (SOURCE_TRAIN, SOURCE_HELD_OUT)
+    )
+    return train, held_out
+
+
+def blocks(texts: list[str], tokenizer, length: int, stride: int) -> list[dict[str, torch.Tensor]]:
+    """Documents joined by the end-of-text token, cut into blocks of `length` tokens, `stride` tokens apart."""
+    ids = [i for text in texts for i in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]]
+    return [{"input_ids": block, "labels": block} for block in torch.tensor(ids).unfold(0, length, stride)]
 
 
 def trainer(config: DemoConfig, model: PreTrainedModel, texts: tuple, tokenizer, steps: int, lr: float) -> Trainer:
@@ -88,15 +118,15 @@ def trainer(config: DemoConfig, model: PreTrainedModel, texts: tuple, tokenizer,
     return Trainer(
         model=model,
         args=args,
-        train_dataset=Blocks(train, tokenizer, config.block, config.block // 2),
-        eval_dataset=Blocks(held_out, tokenizer, config.block),
+        train_dataset=blocks(train, tokenizer, config.block, config.block // 2),
+        eval_dataset=blocks(held_out, tokenizer, config.block, config.block),
     )
 
 
 def pretrain(config: DemoConfig) -> dict:
     """Trains from random weights on the language reference and saves model and tokenizer."""
     set_seed(config.seed)
-    tokenizer = byte_tokenizer(2 * config.context)
+    tokenizer = mc.byte_tokenizer(2 * config.context)
     model = mc.MCForCausalLM(
         mc.MCConfig(
             vocab_size=len(tokenizer),
@@ -210,8 +240,8 @@ def transformer_cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     """Runs a Llama of the same width, depth and dtype over as many tokens; adds up the keys and values it keeps."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
     llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in sizes})).to(model.dtype)
-    cache = DynamicCache(config=llama.config)
-    llama(torch.zeros(1, num_tokens, dtype=torch.long), logits_to_keep=1, **{CACHE_NAME: cache})
+    output = llama(torch.zeros(1, num_tokens, dtype=torch.long), logits_to_keep=1, use_cache=True)
+    cache = output["cache" if "cache" in output else "past_key_values"]  # the first since Transformers 5.24
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
@@ -249,7 +279,7 @@ def main() -> None:
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     if config.stage:
-        save_json(STAGES[config.stage](config), output / f"{config.stage}.json")
+        write_file(output / f"{config.stage}.json", json.dumps(STAGES[config.stage](config)))
         return
     start, record = time.perf_counter(), {}
     for number, stage in enumerate(STAGES, 1):
@@ -257,7 +287,7 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage], check=True)
         record |= json.loads((output / f"{stage}.json").read_text(encoding="utf-8"))
     record["seconds"] = time.perf_counter() - start
-    save_json(record, output / "result.json")
+    write_file(output / "result.json", json.dumps(record, indent=2) + "\n")
     print(f"\nsample of the pretrained model:\n{record['sample']}\n\n{table(config, record)}")
     print(f"\nmodel, adapter and numbers are in {output}")
 

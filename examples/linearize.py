@@ -11,14 +11,17 @@ Only `match` trains the memory layers, and only them: that is cheap, because no 
 The folder gets the Llama, the matched model, the adapter for it, and every number as JSON.
 """
 
+import json
 import os
 import platform
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import peft
 import torch
@@ -27,44 +30,66 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
+from transformers.hf_argparser import HfArg
 
 import mc_transformers as mc
 from mc_transformers.conversion.convert import convert
-from mc_transformers.hub.files import new_folder
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.tasks.experiment import option, save_json  # noqa: E402
-from benchmarks.tasks.text import Blocks, byte_tokenizer, reference_texts  # noqa: E402
+from mc_transformers.hub.files import new_folder, write_file
 
 
 @dataclass
 class LinearizeConfig:
     """Everything adjustable. Every field is a command-line option."""
 
-    output: str = option("outputs/linearize", "folder of the models and of result.json")
-    memory: str = option("gated_delta", "write rule of the new layers")
-    aggregation: str = option("grm", "read rule of the new layers")
-    segment_size: int = option(64, "tokens per segment")
-    hidden_size: int = option(128, "width of the Llama")
-    layers: int = option(4, "its layers; every second one is converted")
-    heads: int = option(4, "its heads")
-    block: int = option(256, "tokens per sequence")
-    batch: int = option(8, "sequences per step")
-    eval_blocks: int = option(100, "held-out sequences that a loss is measured on, at most")
-    steps: int = option(500, "steps of training the Llama")
-    lr: float = option(3e-3, "their peak learning rate")
-    match_steps: int = option(200, "steps of matching the attention layers' answers")
-    match_lr: float = option(1e-2, "their peak learning rate")
-    lora_steps: int = option(150, "steps of training the adapter")
-    lora_lr: float = option(5e-3, "their peak learning rate")
-    lora_rank: int = option(8, "rank of the adapter")
-    seed: int = option(0, "seed of weights and of the order of data")
+    output: str = HfArg(default="outputs/linearize", help="folder of the models and of result.json")
+    memory: str = HfArg(default="gated_delta", help="write rule of the new layers")
+    aggregation: str = HfArg(default="grm", help="read rule of the new layers")
+    segment_size: int = HfArg(default=64, help="tokens per segment")
+    hidden_size: int = HfArg(default=128, help="width of the Llama")
+    layers: int = HfArg(default=4, help="its layers; every second one is converted")
+    heads: int = HfArg(default=4, help="its heads")
+    block: int = HfArg(default=256, help="tokens per sequence")
+    batch: int = HfArg(default=8, help="sequences per step")
+    eval_blocks: int = HfArg(default=100, help="held-out sequences that a loss is measured on, at most")
+    steps: int = HfArg(default=500, help="steps of training the Llama")
+    lr: float = HfArg(default=3e-3, help="their peak learning rate")
+    match_steps: int = HfArg(default=200, help="steps of matching the attention layers' answers")
+    match_lr: float = HfArg(default=1e-2, help="their peak learning rate")
+    lora_steps: int = HfArg(default=150, help="steps of training the adapter")
+    lora_lr: float = HfArg(default=5e-3, help="their peak learning rate")
+    lora_rank: int = HfArg(default=8, help="rank of the adapter")
+    seed: int = HfArg(default=0, help="seed of weights and of the order of data")
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+def reference_texts() -> tuple[list[str], list[str]]:
+    """What `help()` shows of Python's language reference, as (training documents, held-out documents), split by topic.
+
+    A checksum of a topic's name decides, so that it stays on its side in every version of Python. Long topics repeat
+    short ones word for word (`compound` contains `if`): paragraphs of a held-out topic are cut out of training.
+    """
+    sides = {name: zlib.crc32(name.encode()) % 10 == 0 for name in sorted(topics)}  # True: held out
+    held_out = [topics[name] for name, out in sides.items() if out]
+    seen = {tuple(p.split()) for text in held_out for p in text.split("\n\n")}
+    train = [topics[name].split("\n\n") for name, out in sides.items() if not out]
+    return ["\n\n".join(p for p in text if tuple(p.split()) not in seen) for text in train], held_out
+
+
+def blocks(texts: list[str], tokenizer, length: int) -> torch.Tensor:
+    """Documents joined by the end-of-text token and cut: ids [blocks, length]."""
+    ids = [i for text in texts for i in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]]
+    return torch.tensor(ids).unfold(0, length, length)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
 def optimize(
-    name: str, parameters: Iterable[nn.Parameter], loss_of: Callable, data: Blocks, steps: int, lr: float, batch: int
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    loss_of: Callable,
+    data: torch.Tensor,
+    steps: int,
+    lr: float,
+    batch: int,
 ) -> float:
     """Minimises `loss_of(ids)`, ids `[batch, block]`; AdamW, cosine schedule with warm-up. Returns the seconds."""
     parameters, start = list(parameters), time.perf_counter()
@@ -72,7 +97,7 @@ def optimize(
     scheduler = get_scheduler("cosine", optimizer, steps // 10, steps)
     bar = tqdm(range(steps), desc=name)
     for _ in bar:
-        loss = loss_of(data.blocks[torch.randint(len(data), (batch,))])
+        loss = loss_of(data[torch.randint(len(data), (batch,))])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -83,16 +108,16 @@ def optimize(
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, data: Blocks, config: LinearizeConfig) -> float:
+def held_out_loss(model: nn.Module, data: torch.Tensor, config: LinearizeConfig) -> float:
     """Nats per byte of the held-out sequences."""
-    losses, blocks = [], data.blocks[: config.eval_blocks]
-    for ids in tqdm(blocks.split(config.batch), desc="held out", leave=False):
+    losses, data = [], data[: config.eval_blocks]
+    for ids in tqdm(data.split(config.batch), desc="held out", leave=False):
         losses.append(model.eval()(input_ids=ids, labels=ids).loss * len(ids))
     model.train()
-    return (sum(losses) / len(blocks)).item()
+    return (sum(losses) / len(data)).item()
 
 
-def train_on_text(name: str, model: nn.Module, data: Blocks, steps: int, lr: float, batch: int) -> float:
+def train_on_text(name: str, model: nn.Module, data: torch.Tensor, steps: int, lr: float, batch: int) -> float:
     """Next-byte prediction with the parameters that are to be trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return optimize(name, trained, lambda ids: model(input_ids=ids, labels=ids).loss, data, steps, lr, batch)
@@ -133,7 +158,7 @@ def matching_loss(teacher: PreTrainedModel, student: PreTrainedModel, numbers: l
     return loss_of
 
 
-def match(teacher: PreTrainedModel, folder: Path, data: Blocks, config: LinearizeConfig) -> tuple:
+def match(teacher: PreTrainedModel, folder: Path, data: torch.Tensor, config: LinearizeConfig) -> tuple:
     """The converted model of `folder` with memory layers that do the teacher's attention's work; and the seconds."""
     student = mc.MCForCausalLM.from_pretrained(folder)
     numbers = converted_layers(config)
@@ -151,7 +176,7 @@ def converted_layers(config: LinearizeConfig) -> list[int]:
     return list(range(1, config.layers, 2))
 
 
-def train_llama(tokenizer, data: Blocks, config: LinearizeConfig) -> tuple[LlamaForCausalLM, float]:
+def train_llama(tokenizer, data: torch.Tensor, config: LinearizeConfig) -> tuple[LlamaForCausalLM, float]:
     """A Llama of its own, saved with the tokenizer; and the seconds."""
     llama = LlamaForCausalLM(
         LlamaConfig(
@@ -176,8 +201,8 @@ def train_llama(tokenizer, data: Blocks, config: LinearizeConfig) -> tuple[Llama
 def linearize(config: LinearizeConfig) -> dict:
     """All stages; returns the record for JSON."""
     set_seed(config.seed)
-    output, tokenizer = Path(config.output), byte_tokenizer(4 * config.block)
-    train, held_out = (Blocks(texts, tokenizer, config.block) for texts in reference_texts())
+    output, tokenizer = Path(config.output), mc.byte_tokenizer(4 * config.block)
+    train, held_out = (blocks(texts, tokenizer, config.block) for texts in reference_texts())
     loss, seconds = {}, {}
 
     llama, seconds["llama"] = train_llama(tokenizer, train, config)
@@ -229,7 +254,7 @@ def main() -> None:
     record = {"command": shlex.join(["python", *sys.argv])} | linearize(config)
     record["seconds"]["all"] = time.perf_counter() - start
     record["cpu_seconds"] = time.process_time()  # of all threads: what a busy machine does not change
-    save_json(record, path)
+    write_file(path, json.dumps(record, indent=2) + "\n")
     print(f"\nheld-out loss, nats per byte ({len(record['converted_layers'])} of {config.layers} layers converted)")
     for name, value in record["held_out_nats_per_byte"].items():
         print(f"  {name:<10} {value:.3f}")

@@ -11,15 +11,14 @@ import copy
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     HfArgumentParser,
     PreTrainedModel,
@@ -28,35 +27,33 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 import mc_transformers as mc
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.tasks.experiment import option  # noqa: E402
-from benchmarks.tasks.text import byte_tokenizer  # noqa: E402
-
-
 @dataclass
 class ModelOptions:
-    model: str | None = option(None, "folder or Hub name of a model to go on with; else random weights")
-    preset: str | None = option(None, "a published size, as MCConfig.from_preset names it")
-    config: str = option("{}", "fields of MCConfig as JSON; they come before those of the preset")
-    tokenizer: str | None = option(None, "folder or Hub name; else the model's, else one token per byte")
+    model: str | None = HfArg(default=None, help="folder or Hub name of a model to go on with; else random weights")
+    preset: str | None = HfArg(default=None, help="a published size, as MCConfig.from_preset names it")
+    config: str = HfArg(default="{}", help="fields of MCConfig as JSON; they come before those of the preset")
+    tokenizer: str | None = HfArg(default=None, help="folder or Hub name; else the model's, else one token per byte")
 
 
 @dataclass
 class DataOptions:
-    dataset: str | None = option(None, "any dataset that `datasets` can load")
-    dataset_config: str | None = option(None, "its configuration")
-    split: str = option("train", "its split to train on")
-    validation_split: str | None = option(None, "its split to evaluate on")
-    text_column: str = option("text", "its column of text")
-    train_files: str | None = option(None, "instead of a dataset: local text files, one document each (a pattern)")
-    validation_files: str | None = option(None, "local text files to evaluate on")
-    streaming: bool = option(False, "read while training, and keep nothing on disk (needs --max_steps)")
-    packing: bool = option(False, "documents of a batch side by side in one row, none sees another; else padding")
-    block: int = option(1024, "longest row of tokens: longer documents are cut")
+    dataset: str | None = HfArg(default=None, help="any dataset that `datasets` can load")
+    dataset_config: str | None = HfArg(default=None, help="its configuration")
+    split: str = HfArg(default="train", help="its split to train on")
+    validation_split: str | None = HfArg(default=None, help="its split to evaluate on")
+    text_column: str = HfArg(default="text", help="its column of text")
+    train_files: str | None = HfArg(
+        default=None, help="instead of a dataset: a pattern of text files, one document each"
+    )
+    validation_files: str | None = HfArg(default=None, help="local text files to evaluate on")
+    streaming: bool = HfArg(default=False, help="read while training, and keep nothing on disk (needs --max_steps)")
+    packing: bool = HfArg(default=False, help="documents of a batch in one row, none sees another; else padding")
+    block: int = HfArg(default=1024, help="longest row of tokens: longer documents are cut")
 
 
 def load_texts(data: DataOptions) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
@@ -89,7 +86,7 @@ def tokenize(texts, tokenizer: PreTrainedTokenizerBase, data: DataOptions):
         for ids in tokenizer(batch[data.text_column], verbose=False)["input_ids"]:
             ids = [*ids, tokenizer.eos_token_id]
             rows += [ids[i : i + data.block] for i in range(0, len(ids), data.block)]
-        return {"input_ids": rows}
+        return {"input_ids": rows, "labels": rows}
 
     return texts.map(cut, batched=True, remove_columns=texts.column_names or list(next(iter(texts))))
 
@@ -107,25 +104,20 @@ def load_model(options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None)
 
 def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     name = options.tokenizer or options.model
-    tokenizer = byte_tokenizer(2**20) if name is None else AutoTokenizer.from_pretrained(name)
+    tokenizer = mc.byte_tokenizer() if name is None else AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-class PadRight:
-    """Pads rows on the right: else the last padding would be asked for the first token.
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads rows on the right: on the left the last padding would be asked for the first token.
 
     Padding has no labels, but the end of a text has, though the same token may stand for both.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = copy.deepcopy(tokenizer)
-        self.tokenizer.padding_side = "right"
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = self.tokenizer.pad(rows, return_attention_mask=True, return_tensors="pt")
-        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer)
 
 
 def make_trainer(
@@ -137,7 +129,7 @@ def make_trainer(
         # else Accelerate reads a stream on one process and deals out rows: it would cut the borders like rows
         args.accelerator_config.dispatch_batches = False
     else:
-        collator = PadRight(tokenizer)
+        collator = padding_collator(tokenizer)
     train, held_out = (texts and tokenize(texts, tokenizer, data) for texts in load_texts(data))
     return Trainer(
         model=model,

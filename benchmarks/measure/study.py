@@ -282,7 +282,7 @@ def commit() -> str:
     """Of the code that runs; "+changes" if a file that matters differs from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
-    code = ("kernels", "modeling_mc", "configuration_mc.py", "examples")
+    code = ("kernels", "modeling_mc", "configuration_mc.py", "benchmarks/tasks")
     return head + "+changes" * subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
 
 

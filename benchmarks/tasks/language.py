@@ -27,8 +27,8 @@ from benchmarks.tasks.experiment import (
     save_json,
     train,
 )
-from benchmarks.tasks.text import END, NUM_SPECIAL, byte_ids, byte_tokenizer, library_texts
-from mc_transformers import MCConfig, MCForCausalLM
+from benchmarks.tasks.text import byte_ids, library_texts
+from mc_transformers import MCConfig, MCForCausalLM, byte_tokenizer
 
 
 @dataclass
@@ -92,11 +92,12 @@ def read_otherwise(model: PreTrainedModel, rule: str, segment_size: int) -> PreT
 def train_language(config: LanguageConfig, progress: bool = True) -> dict:
     """Trains one model; returns the record of `experiment.train` with the losses by position of every read rule."""
     texts, held_out = library_texts(config.eval_length + 1)
-    end = torch.tensor([byte_tokenizer(1).convert_tokens_to_ids(END)])
+    tokenizer = byte_tokenizer()
+    end = torch.tensor([tokenizer.eos_token_id])
     corpus = torch.cat([piece for text in texts for piece in (byte_ids(text), end)])
     documents = torch.stack([byte_ids(text[: config.eval_length + 1]) for text in held_out]).to(config.device)
     generator = torch.Generator().manual_seed(config.seed)
-    model = build_model(config, 256 + NUM_SPECIAL, config.eval_length)
+    model = build_model(config, len(tokenizer), config.eval_length)
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
         starts = torch.randint(len(corpus) - config.train_length, (config.batch, 1), generator=generator)
@@ -122,7 +123,7 @@ def train_language(config: LanguageConfig, progress: bool = True) -> dict:
             Result("cross-entropy", loss["nats"], text, "nats per byte", f"bytes {part} of the file")
             for part, loss in losses[config.aggregation].items()
         ]
-        save_checkpoint(config, model, results, byte_tokenizer(2**20))
+        save_checkpoint(config, model, results, tokenizer)
     data = {"training_bytes": len(corpus), "held_out_files": len(documents)}
     return {"losses": losses, "data": data, "tokens_per_second": tokens / record["seconds"]} | record
 

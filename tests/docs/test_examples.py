@@ -1,5 +1,6 @@
 """The examples' command lines, on a few kilobytes of text and models that train in a second."""
 
+import ast
 import json
 import os
 import random
@@ -8,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import finetune_lora
-import linearize
-import memory_file
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import finetune_lora
+import linearize
+import mc_transformers as mc
+import memory_file
 import train_lm
 from helpers import assert_close, tokens
 
@@ -28,6 +30,17 @@ CONFIG = {
     "segment_size": 16,
 }
 STEPS = 4
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_stands_alone(path):
+    """Whoever copies the one file has all of it: it imports what is installed, and not its neighbours."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    installed = {"torch", "transformers", "peft", "datasets", "tqdm", "mc_transformers", *sys.stdlib_module_names}
+    assert {module.split(".")[0] for module in modules} <= installed
+    assert "sys.path" not in path.read_text(encoding="utf-8")
 
 
 def arguments(folder: Path, **options) -> list[str]:
@@ -83,9 +96,9 @@ def test_train(texts, tmp_path, monkeypatch, capsys, how):
 
 
 def test_the_end_of_a_text_is_learned_where_it_also_pads():
-    tokenizer = train_lm.byte_tokenizer(64)
+    tokenizer = mc.byte_tokenizer(64)
     tokenizer.pad_token = tokenizer.eos_token
-    batch = train_lm.PadRight(tokenizer)([{"input_ids": [5, 6, 7, 1]}, {"input_ids": [5, 1]}])
+    batch = train_lm.padding_collator(tokenizer)([{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7, 1], [5, 1])])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [5, 1, 1, 1]]
     assert batch["labels"].tolist() == [[5, 6, 7, 1], [5, 1, -100, -100]]
 
@@ -123,7 +136,7 @@ def test_memory_file_in_another_process(texts, trained, tmp_path, monkeypatch, c
     subprocess.run(command, check=True, capture_output=True)
     options = ["--model", str(trained), "--memory", str(folder), "--question", question, "--max_new_tokens", "8"]
     call(monkeypatch, memory_file, "ask", *options)
-    tokenizer, model = train_lm.AutoTokenizer.from_pretrained(trained), AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer, model = AutoTokenizer.from_pretrained(trained), AutoModelForCausalLM.from_pretrained(trained)
     ids = tokenizer(text + question, return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(expected, skip_special_tokens=True).rstrip("\n")
@@ -175,6 +188,6 @@ def test_linearize(tmp_path, monkeypatch, capsys):
     assert lost > 0.1 and loss["matched"] - loss["llama"] < lost / 2 and loss["lora"] < loss["matched"]
     assert record["converted_layers"] == [1] and not list(tmp_path.glob("*.partial"))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "matched"), tmp_path / "adapter")
-    held_out = linearize.Blocks(texts[10:], linearize.byte_tokenizer(64), 64)
+    held_out = linearize.blocks(texts[10:], mc.byte_tokenizer(64), 64)
     again = linearize.held_out_loss(model, held_out, linearize.LinearizeConfig(**sizes))
     assert again == pytest.approx(loss["lora"], abs=1e-4)

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 import mc_transformers as mc
-from benchmarks.tasks.text import byte_tokenizer
 from helpers import MEMORY_NAMES, build, small_config, tokens
+from mc_transformers import byte_tokenizer
 from mc_transformers.cli import main as cli
 from mc_transformers.hub import bundle, card, figure, flat
 from mc_transformers.hub import facts as info

@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.tasks.text import byte_tokenizer
 from helpers import build, family, name_of, small_config, tokens
-from mc_transformers import MCCache, MCConfig, MCForCausalLM
+from mc_transformers import MCCache, MCConfig, MCForCausalLM, byte_tokenizer
 from mc_transformers.cli import evaluate
 from mc_transformers.cli import main as cli
 from mc_transformers.hub import facts as info

@@ -14,9 +14,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import hub as transformers_hub
 
 import fake_hub
-from benchmarks.tasks.text import byte_tokenizer
 from helpers import build, small_config, tokens
-from mc_transformers import MCForCausalLM
+from mc_transformers import MCForCausalLM, byte_tokenizer
 from mc_transformers.cli import main as cli
 from mc_transformers.hub import bundle, flat
 from mc_transformers.hub.publish import upload

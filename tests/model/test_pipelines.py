@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, pipeline
 
-from benchmarks.tasks.text import byte_tokenizer
 from helpers import assert_close, build, family, name_of, small_config, tokens
-from mc_transformers import MCForCausalLM, MCForSequenceClassification, MCForTokenClassification
+from mc_transformers import MCForCausalLM, MCForSequenceClassification, MCForTokenClassification, byte_tokenizer
 
 
 BYTES = {"vocab_size": 258, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
