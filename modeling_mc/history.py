@@ -13,9 +13,9 @@ import torch
 
 from ..kernels.step.slot import slot_write
 from .cache_layer import Kept, MCCacheLayer
-from .context_parallel import Shards
 from .memories import Memory, State
 from .segments import SegmentTable, rows_where
+from .shards import Shards
 
 
 NEVER = 2**30  # birth of a slot that may not be read

@@ -2,27 +2,12 @@
 """SegmentTable: which token belongs to which segment of which sequence. The only place that knows about padding,
 packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid."""
 
-import warnings
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
 
-from .context_parallel import Shards
-
-
-def static_split(length: int) -> list[int]:
-    """The paper's static logarithmic segmentation of a whole sequence (section 4.2): one segment per set bit of its
-    length, largest first (37 = 32 + 4 + 1). For analysis: models split every prefix (segmentation="logarithmic").
-
-    Raises:
-        ValueError: length < 1.
-    """
-    if length < 1:
-        raise ValueError(f"`length`={length} is not valid, allowed: an integer >= 1")
-    if length & (length - 1) == 0:
-        warnings.warn(f"a length that is a power of two ({length}) is one segment: nothing is cached", stacklevel=2)
-    return [1 << bit for bit in reversed(range(length.bit_length())) if length >> bit & 1]
+from .shards import Shards
 
 
 def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script: no pytest.ini says where helpers are
 
 from helpers import assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import MCForCausalLM
