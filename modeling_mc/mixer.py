@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 
 from ..configuration_mc import MCConfig
 from ..kernels.shared.ops import autocast_off, compute_dtype
 from .aggregation import Aggregation, Summary
 from .attention import rotate
-from .cache_layer import MCCacheLayer
+from .cache_layer import MCCacheLayer, memory_layer
 from .fenwick import FenwickHistory
 from .history import History, Level
 from .least_read import LeastReadHistory
@@ -289,17 +290,37 @@ class MCMixer(nn.Module):
             out = out + (self.skip(compute_dtype(out))[:, None] * parts.v).to(out.dtype)
         return out
 
+    def cache_layer(self, cache: Cache, x: torch.Tensor) -> MCCacheLayer:
+        """The layer of `cache` that tokens `[B, T, ...]` are to read and fill.
+
+        Raises:
+            ValueError: it does not fit this mixer or this batch, or has no room for so many tokens.
+        """
+        layer = memory_layer(cache, self.layer_idx)
+        layer.check(self.cache_signature, len(x))
+        self.history.check_room(layer, x.shape[1])
+        return layer
+
+    def table(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, layer: MCCacheLayer | None = None, **packed
+    ) -> SegmentTable:
+        """Where tokens `[B, T, ...]` with padding `mask` `[B, T]` stand, after those that `layer` holds; `packed`:
+        borders of documents, see `SegmentTable.build`."""
+        known = layer is not None and layer.is_initialized
+        return SegmentTable.build(
+            *x.shape[:2],
+            segment_size=self.config.segment_size,
+            device=x.device,
+            attention_mask=mask,
+            position=layer.position.to(x.device) if known else None,
+            align=self.memory.align,
+            **packed,
+        )
+
     @torch.no_grad()
     def replay(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, layer: MCCacheLayer) -> None:
         """Write tokens `[B, T, hidden]` of an earlier forward into `layer` once more (`MCCacheLayer.crop`)."""
-        table = SegmentTable.build(
-            *hidden_states.shape[:2],
-            segment_size=self.config.segment_size,
-            device=hidden_states.device,
-            attention_mask=mask,
-            position=layer.position if layer.is_initialized else None,
-            align=self.memory.align,
-        )
+        table = self.table(hidden_states, mask, layer)
         self.memory(self._answers, table.compact(hidden_states), table, layer)
         layer.update(hidden_states)
 

@@ -177,21 +177,8 @@ class MCModel(MCPreTrainedModel):
         mixer = next((x.mixer for x in self._running if hasattr(x, "mixer")), None)  # of this stage of a pipeline
         if mixer is None:
             return None
-        layer = None if past is None else memory_layer(past, mixer.layer_idx)
-        if layer is not None:  # before its positions are used
-            layer.check(mixer.cache_signature, len(inputs_embeds))
-            mixer.history.check_room(layer, inputs_embeds.shape[1])
-        device, known = inputs_embeds.device, layer is not None and layer.is_initialized
-        table = SegmentTable.build(
-            *inputs_embeds.shape[:2],
-            segment_size=self.config.segment_size,
-            device=device,
-            attention_mask=mask,
-            position=layer.position.to(device) if known else None,
-            align=mixer.memory.align,
-            **packed,
-        )
-        return replace(table, shards=active_shards())
+        layer = None if past is None else mixer.cache_layer(past, inputs_embeds)  # before its positions are used
+        return replace(mixer.table(inputs_embeds, mask, layer, **packed), shards=active_shards())
 
     @cache_by_any_name
     @merge_with_config_defaults

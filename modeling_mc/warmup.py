@@ -10,7 +10,6 @@ from torch import nn
 from ..kernels.shared.ops import choose_backend
 from .cache import MCCache
 from .mixer import MCMixer
-from .segments import SegmentTable
 
 
 SEGMENTS = 8  # of the text that kernels are compiled, and their variants timed, with
@@ -57,25 +56,18 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
 
 
 def _run(mixer: MCMixer, example: torch.Tensor, training: bool, state_dtype: torch.dtype | None) -> None:
-    size, index = mixer.config.segment_size, mixer.layer_idx
-
-    def table(num_tokens: int, layer=None) -> SegmentTable:
-        position = layer.position if layer is not None else None
-        # the mask of one token: rows that are padding take one kernel more
-        mask = torch.ones(1, 1, dtype=torch.bool, device=example.device) if num_tokens == 1 else None
-        return SegmentTable.build(
-            1, num_tokens, size, example.device, attention_mask=mask, position=position, align=mixer.memory.align
-        )
-
+    size = mixer.config.segment_size
     x = example.new_empty(1, SEGMENTS * size, mixer.config.hidden_size).normal_()
     trained = [p for p in mixer.parameters() if p.requires_grad]
     if training:
         with torch.enable_grad():
-            out = mixer(x.requires_grad_(), table(x.shape[1]))
+            out = mixer(x.requires_grad_(), mixer.table(x))
             torch.autograd.grad(out.float().pow(2).sum(), [x, *trained], allow_unused=True)
     with torch.no_grad():
         cache = MCCache(config=mixer.config, state_dtype=state_dtype)
-        layer = cache.layers[index]
-        mixer(x, table(x.shape[1]), cache)
+        mixer(x, mixer.table(x), cache)
         for num_tokens in (2 * size, 1):
-            mixer(x[:, :num_tokens], table(num_tokens, layer), cache)
+            part = x[:, :num_tokens]
+            # the mask of one token: rows that are padding take one kernel more
+            mask = torch.ones(1, 1, dtype=torch.bool, device=x.device) if num_tokens == 1 else None
+            mixer(part, mixer.table(part, mask, cache.layers[mixer.layer_idx]), cache)
