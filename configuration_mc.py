@@ -17,6 +17,9 @@ logger = logging.get_logger(__name__)
 
 LAYER_TYPE = "memory_caching"
 LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
+# What `layer_types` is called in a config.json. Where this class is not known Transformers reads the file as a bare
+# `PreTrainedConfig`, to find the tokenizer for example, and that refuses `layer_types` which are not on its own list.
+LAYER_TYPES_IN_FILES = "mc_layer_types"
 CHOICES = {
     "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
     "segmentation": ("constant", "logarithmic"),
@@ -250,6 +253,9 @@ class MCConfig(PreTrainedConfig):
     mc_backend: str = "auto"
 
     def __post_init__(self, **kwargs):
+        from_file = kwargs.pop(LAYER_TYPES_IN_FILES, None)
+        if self.layer_types is None:
+            self.layer_types = from_file
         self._hint_at_misspellings(kwargs)
         self._check_values()
         self._derive()
@@ -402,6 +408,13 @@ class MCConfig(PreTrainedConfig):
             plan |= {f"layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")}
             plan["layers.*.mlp.down_proj"] = "rowwise"
         return plan
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The config as it stands in config.json, where `layer_types` is called `mc_layer_types` (`to_dict` and the
+        attribute keep the usual name; files with the usual name are read too)."""
+        fields = json.loads(super().to_json_string(use_diff))
+        fields = {LAYER_TYPES_IN_FILES if name == "layer_types" else name: value for name, value in fields.items()}
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
     def validate_layer_type(self):
         """Transformers' list of layer types does not know ours; `_check_combinations` has already looked."""

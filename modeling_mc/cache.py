@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mc import LAYER_TYPE
 from .cache_layer import Kept, MCCacheLayer, is_memory_layer, own_layer
-from .memory_file import fingerprint, read, write
+from .memory_file import fingerprints, read, write
 
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -182,7 +182,7 @@ class MCCache(DynamicCache):
         kept = {layer.kept_dtype for layer in self.memory_layers}
         dtype = str(kept.pop()).removeprefix("torch.") if kept else "None"
         base = getattr(model, model.base_model_prefix, model)
-        write(directory, tensors, {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprint(base)})
+        write(directory, tensors, {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprints(base)[0]})
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, **kwargs) -> "MCCache":
@@ -199,7 +199,7 @@ class MCCache(DynamicCache):
         """
         tensors, meta = read(directory)
         base = getattr(model, model.base_model_prefix, model)
-        if meta["fingerprint"] != fingerprint(base):
+        if meta["fingerprint"] not in fingerprints(base):
             raise ValueError(
                 f"the memory in {str(directory)!r} was written by another model (other architecture or weights): "
                 "a memory can be read only by the model that wrote it"

@@ -14,7 +14,8 @@ from torch import nn
 
 FILE = "memory.safetensors"
 FORMAT = 1
-# config entries that do not change what a model writes into its memory
+# Config entries that do not change what a model writes into its memory. A field that is new in MCConfig has to be left
+# out of the fingerprint where it has its default, or files of earlier versions would be refused.
 IRRELEVANT = {
     "_name_or_path",
     "architectures",
@@ -30,12 +31,19 @@ IRRELEVANT = {
     "output_hidden_states",
     "tie_word_embeddings",
 }
+# written as if they were not set, and read both ways: files of earlier versions say how they were set
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLES = 256  # values per parameter that enter the fingerprint
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's config and weights: names, shapes and up to 256 evenly spaced values per parameter."""
+def fingerprints(model: nn.Module) -> tuple[str, str]:
+    """Hashes of a model's config and weights: names, shapes and up to 256 evenly spaced values per parameter. The
+    first one is written; files of earlier versions may hold the second, in which special tokens count."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in IRRELEVANT}
+    return _hash(model, config | dict.fromkeys(TOKEN_IDS)), _hash(model, config)
+
+
+def _hash(model: nn.Module, config: dict) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

@@ -179,7 +179,10 @@ def save_checkpoint(
 ) -> None:
     """Model, card, results and settings, to `config.save`; the folder is whole or not there."""
     folder = Path(config.save)
-    model.config.use_cache = model.generation_config.use_cache = True
+    for settings in (model.config, model.generation_config):
+        settings.use_cache, settings.pad_token_id = True, 0  # in every task
+        if tokenizer is not None:
+            settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with new_folder(folder, overwrite=True) as partial:
         PreTrainedModel.save_pretrained(model, partial)  # ours would add the code: this is a folder of the package
         if tokenizer is not None:

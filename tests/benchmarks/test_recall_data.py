@@ -131,3 +131,4 @@ def test_a_saved_model_generates_with_a_cache(tmp_path):
     train_recall(dataclasses.replace(SMALL, save=str(tmp_path / "model")), progress=False)
     loaded = MCForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.config.use_cache and loaded.generation_config.use_cache
+    assert loaded.config.pad_token_id == loaded.generation_config.pad_token_id == 0

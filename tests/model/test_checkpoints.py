@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import mc_transformers as mc
 from benchmarks.tasks.recall import RecallConfig, draw_test
@@ -60,3 +60,13 @@ def test_the_language_model_knows_its_language():
     assert model(ids, labels=ids).loss < 2.5 < model(swapped, labels=swapped).loss
     out = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(out[0]).startswith(source) and out.shape[1] == ids.shape[1] + 8
+
+
+def test_the_language_model_begins_by_itself():
+    """An empty prompt is the begin of a text: the config says which token that is."""
+    write = pipeline("text-generation", str(ROOT / "model_cards" / "checkpoints" / "python-source"))
+    for config in (write.model.config, write.model.generation_config):
+        ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+        assert ids == (write.tokenizer.bos_token_id, write.tokenizer.eos_token_id, write.tokenizer.pad_token_id)
+    (written,) = write("", max_new_tokens=30, do_sample=False)
+    assert len(written["generated_text"]) > 10
