@@ -11,8 +11,9 @@ from setuptools.command.build_py import build_py
 
 
 TRAIN = ["peft", "datasets", "matplotlib"]
+GGUF = ["gguf>=0.10"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff"]
-TEST = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", *TRAIN]
+TEST = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", *TRAIN, *GGUF]
 
 
 class BuildPy(build_py):
@@ -56,7 +57,7 @@ setup(
         "huggingface-hub",
         'triton; platform_system=="Linux"',
     ],
-    extras_require={"train": TRAIN, "test": TEST, "docs": DOCS},
+    extras_require={"train": TRAIN, "gguf": GGUF, "test": TEST, "docs": DOCS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

@@ -170,8 +170,13 @@ def run_publish(args: argparse.Namespace) -> None:
 
 def _is_ours(args: argparse.Namespace) -> bool:
     """Whether a checkpoint is of this family: its config says so, or a training run has left none beside it."""
-    from ..conversion.convert import read_config
+    from ..conversion.checkpoint import read_config
+    from ..conversion.gguf import is_gguf
 
+    if is_gguf(args.checkpoint):
+        if args.config is not None:
+            raise ValueError("--config is for training runs; a GGUF file holds its config")
+        return False
     if args.source is not None or args.config is not None:
         return args.source in (None, "training")
     place = Path(args.checkpoint) / "config.json"
@@ -365,13 +370,14 @@ def _convert_parser(commands) -> None:
             "convert run/checkpoint-500/pytorch_model_fsdp_0 outputs/model --config run/config.json",
             "convert outputs/model model.pt --state-dict",
             "convert llama outputs/hybrid --layers 1,3,5 --memory gated_delta --aggregation grm",
+            "convert SmolLM2-135M-Instruct.Q4_1.gguf outputs/smollm2 --verify-logits",
         ),
     )
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a folder with config.json and weights; of a training run also a torch.distributed.checkpoint folder, "
-        "or a file with a state dict",
+        help="a folder with config.json and weights, or a GGUF file; of a training run also a "
+        "torch.distributed.checkpoint folder, or a file with a state dict",
     )
     parser.add_argument("output", metavar="FOLDER", help="where to write")
     kinds = ", ".join([*sources(), "training"])

@@ -1,7 +1,6 @@
 # Copyright 2026 the mc-transformers authors.
 """Conversion into the family: a config, a table of names, and nothing that is left over on either side."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,30 +8,19 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import MCConfig, MCForCausalLM, MCModel
 from ..configuration_mc import LAYER_TYPE
 from ..hub.bundle import write_code
 from ..hub.files import new_folder
 from ..hub.flat import AUTO_MAP
-from .reader import open_weights
+from .checkpoint import Checkpoint, open_checkpoint
 from .writer import ShardWriter
 
 
 # one source tensor, the config of the source, and the tensors for the rule's targets
 Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOLERANCE = 1e-4
 U_PROJ = ".mixer.u_proj.weight"
@@ -132,25 +120,6 @@ def sources() -> dict[str, Source]:
     return {module.SOURCE.name: module.SOURCE for module in modules}
 
 
-def read_config(path: Path) -> dict:
-    """A config.json as it is written.
-
-    Raises:
-        ValueError: no JSON, or not a dictionary.
-    """
-
-    def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
-        return float(value["__float__"]) if set(value) == {"__float__"} else value
-
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no dictionary, as a config does")
-    return found
-
-
 def find_source(found: dict, name: str | None = None) -> Source:
     """The kind of a checkpoint, from its config.json, or the one that `name` asks for.
 
@@ -211,10 +180,10 @@ def convert(
     """
     from .sources.mamba2 import in_terms_of_transformers
 
-    checkpoint = Path(checkpoint)
-    found = in_terms_of_transformers(read_config(checkpoint / "config.json"))
+    checkpoint = open_checkpoint(checkpoint)
+    found = in_terms_of_transformers(checkpoint.config)
     kind = find_source(found, source)
-    if quantised := found.get("quantization_config"):
+    if (quantised := found.pop("quantization_config", None)) and not _is_undone(quantised):
         refuse("quantised weights (quantization_config)", quantised.get("quant_method"), "fp32, fp16 or bf16")
     if verify and dtype not in ("auto", "float32", "float64"):
         raise ValueError(f"--verify-logits: weights rounded by --dtype {dtype} have other logits, leave one out")
@@ -232,17 +201,24 @@ def convert(
         raise ValueError(f"{', '.join(fields)}: the result has no memory layer, choose some with --layers")
 
     def parts() -> Iterator[tuple[str, str, torch.Tensor]]:
-        for name, tensor in kind.merged(open_weights(checkpoint)):
+        for name, tensor in kind.merged(weights):
             targets, split = kind.targets(name, found)
             for target, part in zip(targets, split(tensor, found) if targets else (), strict=True):
                 yield name, target, part
 
-    with new_folder(output, overwrite, checkpoint) as folder:
+    with new_folder(output, overwrite, checkpoint.path) as folder:
+        weights = checkpoint.weights()
         write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size, kind.fresh)
-        copy_extras(checkpoint, folder)
+        checkpoint.copy_extras(folder)
         if verify:
             verify_logits(checkpoint, folder, theirs, kind.names)
     return Path(output)
+
+
+def _is_undone(quantised: dict) -> bool:
+    """Whether a quantization_config is what loading leaves in the config of a model that it has unpacked. GGUF is
+    never saved in a folder. Weights that are quantised all the same are refused one by one."""
+    return quantised.get("quant_method") == "gguf" or quantised.get("dequantize") is True
 
 
 def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> Source:
@@ -253,15 +229,6 @@ def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> So
     if verify:
         raise ValueError("--verify-logits: a model whose attention layers became memory layers is not the source")
     return with_memory_layers(layers)
-
-
-def copy_extras(checkpoint: Path, folder: Path) -> None:
-    """Tokenizer and generation config, where there are any."""
-    for extra in [*(checkpoint / name for name in COPIED), *checkpoint.glob("additional_chat_templates/*.jinja")]:
-        if extra.is_file():
-            target = folder / extra.relative_to(checkpoint)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(extra.read_bytes())
 
 
 def write_model(
@@ -336,7 +303,7 @@ def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: di
 
 @torch.no_grad()
 def verify_logits(
-    checkpoint: str | Path,
+    checkpoint: Checkpoint,
     converted: str | Path,
     config: PreTrainedConfig | None = None,
     names: dict[str, str] | None = None,
@@ -350,7 +317,7 @@ def verify_logits(
         RuntimeError: it is larger than 1e-4.
     """
     ours = MCForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, key_mapping=names, dtype=torch.float32)
+    theirs = checkpoint.load(config, names)
     length = 64 if ours.config.aggregation == "none" else min(64, ours.config.segment_size)
     ids = torch.randint(0, ours.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     difference = (ours(ids).logits - theirs.eval()(ids).logits).abs().max().item()

@@ -9,7 +9,8 @@ import torch
 from .. import MCConfig, MCForCausalLM
 from ..hub.files import new_folder
 from ..hub.loading import load_model
-from .convert import U_PROJ, copy_extras, read_config, write_model
+from .checkpoint import copy_extras, read_config
+from .convert import U_PROJ, write_model
 from .reader import open_weights
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -34,7 +35,11 @@ class ShardWriter:
         self.shards: list[list[str]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """One more tensor, which must own its memory."""
+        """One more tensor, which must own its memory.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
         if self.waiting and self.size + tensor.nbytes > self.limit:
             self._flush()
         self.waiting[name] = tensor.contiguous()
@@ -44,7 +49,10 @@ class ShardWriter:
         return self.folder / f"shard-{number}"
 
     def _flush(self) -> None:
-        save_file(self.waiting, self._path(len(self.shards)), {"format": "pt"})
+        try:
+            save_file(self.waiting, self._path(len(self.shards)), {"format": "pt"})
+        except SafetensorError as error:  # of a full disk too
+            raise OSError(f"the weights cannot be written to {self.folder} ({error})") from error
         self.shards.append(list(self.waiting))
         self.total += self.size
         self.waiting, self.size = {}, 0

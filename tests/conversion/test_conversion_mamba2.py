@@ -12,6 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
 from conversion_sources import IDS, SIZES, TOKENS, make_source, train
 from mc_transformers import MCForCausalLM
 from mc_transformers.cli import main as cli
+from mc_transformers.conversion.checkpoint import Folder
 from mc_transformers.conversion.convert import convert, verify_logits
 
 
@@ -231,4 +232,4 @@ def test_verification_sees_a_difference(tmp_path, source):
     weights["model.layers.0.mixer.skip.bias"] += 0.01
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(RuntimeError, match="differ"):
-        verify_logits(tmp_path / "source", tmp_path / "ours")
+        verify_logits(Folder(tmp_path / "source"), tmp_path / "ours")
