@@ -26,7 +26,6 @@ CHOICES = {
     "state_init": ("independent", "checkpoint"),
     "vector_read": ("multiply", "add"),
     "gate_source": ("projection", "query"),
-    "gate_function": ("softmax", "sigmoid"),
     "segment_summary": ("keys", "hidden", "position"),
     "cache_eviction": ("oldest", "least_read"),
     "route_sharing": ("layer", "model"),
@@ -128,8 +127,9 @@ class MCConfig(PreTrainedConfig):
         route_sharing (`str`, defaults to `"layer"`): "layer": every layer chooses its segments, or "model": all use
             the first memory layer's choice ("ssc").
         gate_source (`str`, defaults to `"projection"`): "projection" (u_t = x_t W_u) or "query" (u_t = q_t).
-        gate_function (`str`, defaults to `"softmax"`): "softmax" over the memories read, or "sigmoid", each gate on
-            its own.
+        gate_function (`str`, defaults to `"softmax"`): "softmax" over the memories read, the online one included;
+            "sigmoid", each gate on its own; or "relu": positive logits divided by their sum, so that most gates can
+            be zero (the online memory answers alone where no logit is positive).
         segment_summary (`str`, defaults to `"keys"`): what the segment descriptor averages: "keys" as written,
             "hidden" (the mixer's input, cut into heads), or "position" (sines and cosines of the tokens' positions:
             a gate without segment context, the ablation of the paper's Table 5; for keys of even width).
@@ -349,6 +349,7 @@ class MCConfig(PreTrainedConfig):
         if self.conv_bias and not self.conv_kernel_size:
             self.refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
         self._check_memory()
+        self._check_gates()
         self._check_rope()
         if self.segment_summary == "position" and self.memory_key_dim % 2:
             self.refuse("segment_summary", f"'keys' or 'hidden' with keys of odd width {self.memory_key_dim}")
@@ -371,6 +372,16 @@ class MCConfig(PreTrainedConfig):
         if self.mc_backend == "triton" and not memory.has_triton:
             self.refuse("mc_backend", f"'auto', 'torch' or 'reference' with memory={self.memory!r}")
         memory.check(self)
+
+    def _check_gates(self) -> None:
+        from .kernels.read.gates import CONSTANT, GATE_FUNCTIONS  # here, as the memories above
+
+        known = {name: function for name, function in GATE_FUNCTIONS.items() if name != CONSTANT}
+        if self.mc_backend == "triton":
+            known = {name: function for name, function in known.items() if function.triton}
+        if self.gate_function not in known:
+            where = " with mc_backend='triton'" if self.mc_backend == "triton" else ""
+            self.refuse("gate_function", ", ".join(map(repr, known)) + where)
 
     @property
     def _turns_attention(self) -> bool:

@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.read.segment import segment_read
-from ..kernels.read.selected import segment_route
-from ..kernels.step.decode import gates_of, token_gates
+from ..kernels.read.gates import CONSTANT, apply_gates, content_gates, logits_of_chosen
 from .cache_layer import Kept
 from .history import Caches
 from .memories import Memory, State, Trace
@@ -74,8 +72,8 @@ class Aggregation:
     """Everything that `aggregation`, `gate_function` and `num_selected_segments` of the config decide."""
 
     def __init__(self, config, memory: Memory) -> None:
-        self.kind, self.function = config.aggregation, config.gate_function
-        self.gate_function = "one" if memory.own_gates else config.gate_function
+        self.kind = config.aggregation
+        self.gate_function = CONSTANT if memory.own_gates else config.gate_function
         self.top_k, self.memory = config.num_selected_segments, memory
         self.shares_routes = config.route_sharing == "model"
         self.uses_cache = self.kind != "none"
@@ -111,7 +109,7 @@ class Aggregation:
             if self.kind == "mean":
                 total = total / (visible.sum(-1) + 1).to(total.dtype)[:, :, None, None, None]
             return total.reshape(*grid, *total.shape[2:])
-        gating = (fold(online_logit), caches.birth, caches.first, self.function)
+        gating = (fold(online_logit), caches.birth, caches.first, self.gate_function)
         if self.kind == "soup" and self.memory.num_maps > 1:
             return self._soup(q, fold(u), trace, caches, gating, fold)
         if self.kind == "soup" and self.memory.num_maps == 0:
@@ -119,7 +117,7 @@ class Aggregation:
             out = self.memory.soup_read(fold(q), fold(u), online, caches.states, caches.summaries, *gating)
             return out.reshape(*grid, *out.shape[2:])
         if self.kind == "ssc":
-            past, online_gate = self._select(fold(q), fold(u), gating[0], caches, routes)
+            past, online_gate = self._select(fold(q), fold(u), caches, *gating, routes)
         else:
             past, online_gate = self.memory.gated_read(fold(q), fold(u), caches.states, caches.summaries, *gating)
         total = past + online_gate[..., None].to(past.dtype) * fold(trace.online)
@@ -129,9 +127,7 @@ class Aggregation:
         """Mixed parameters (eq. 15) map by map: no token's own weights are ever built."""
         x = q
         for index in range(self.memory.num_maps):
-            past, online_gate = segment_read(
-                fold(x), u, caches.states[index], caches.summaries, *gating, self.memory.config.mc_backend
-            )
+            past, online_gate = self.memory.map_read(index, fold(x), u, caches.states, caches.summaries, *gating)
             mixed = past + online_gate[..., None].to(past.dtype) * fold(trace.read_map(index, x))
             mixed = mixed.reshape(*q.shape[:2], *mixed.shape[2:])
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
@@ -145,24 +141,11 @@ class Aggregation:
             routes[key] = choose()
         return routes[key]
 
-    def _select(self, q, u, online_logit, caches, routes):
-        index = self._route(
-            routes,
-            "grid",
-            lambda: segment_route(
-                u, caches.summaries, caches.birth, caches.first, self.top_k, self.memory.config.mc_backend
-            ),
-        )
-        row = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1, 1)
-        head = torch.arange(q.shape[3], device=q.device).view(-1, 1)
-        chosen = caches.summaries[row, index.clamp(min=0), head]  # [R, N, W, H, k, m, du]
-        logits = (chosen * u.to(chosen.dtype)[..., None, None, :]).sum(-1).amax(-1)
-        gates, online_gate = self._gates(logits.masked_fill(index < 0, float("-inf")), online_logit)
+    def _select(self, q, u, caches, online_logit, birth, first, function, routes):
+        summaries = caches.summaries
+        index = self._route(routes, "grid", lambda: self.memory.route(u, summaries, birth, first, self.top_k))
+        gates, online_gate = apply_gates(logits_of_chosen(u, summaries, index), online_logit, function)
         return self.memory.selected_read(q, gates, caches.states, index), online_gate
-
-    def _gates(self, logits: torch.Tensor, online_logit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`."""
-        return gates_of(logits, online_logit, self.gate_function)
 
     # --------------------------------------------------------------------------------------------------- one token
     def mix_token(
@@ -193,40 +176,44 @@ class Aggregation:
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
         index = routes.get(time) if self.shares_routes else None
         gating = (summaries, visible, index, self.top_k if self.kind == "ssc" else 0, self.gate_function)
-        if self.kind == "soup" and not (memory.num_maps == 1 and memory.config.mc_backend == "triton"):
-            gates, online_gate, _ = token_gates(u, online_logit, *gating)
-            return memory.read(self._mixed_parameters(gates, kept.all(), online_gate, online), q)
+        if self.kind == "soup":
+            return memory.token_soup(q, u, online, online_logit, kept, *gating)
         out, index = memory.token_read(q, u, online, online_logit, kept, *gating)
         if self.shares_routes:
             routes[time] = index
         return out
 
-    def past_gates(
+    # ----------------------------------------------------------------------------------------- who reads how much
+    def gates(
         self,
         u: torch.Tensor | None,
         online_logit: torch.Tensor | None,
         summaries: torch.Tensor | None,
         visible: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gates `[B, T, H, S]` (or `[B, 1, 1, S]` if all tokens agree) of S past memories per row, 0 = not read.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What T tokens per row multiply answers with: of S past memories (0 = not read) and of the online one.
 
         Args:
-            u: `[B, T, H, du]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool.
+            u: `[B, T, H, du]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool. The
+                first three are None for read rules without content gates.
+
+        Returns:
+            `[B, T, H, S]` and `[B, T, H]`; with constant gates `[B, 1, 1, S]` and `[B, 1, 1]`, the same for all.
         """
         if not self.uses_gates:
-            return visible[:, None, None].float()
-        logits = torch.einsum("bthd,bshmd->bthsm", u.to(summaries.dtype), summaries).amax(-1)
-        logits = logits.masked_fill(~visible[:, None, None], float("-inf"))
-        if self.kind == "ssc":
-            best = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
-            logits = torch.full_like(logits, float("-inf")).scatter(-1, best.indices, best.values)
-        return self._gates(logits, online_logit)[0]
+            past = visible[:, None, None].float()
+            total = past.sum(-1) + 1 if self.kind == "mean" else torch.ones_like(past[..., 0])
+            return past / total[..., None], 1 / total
+        top_k, slots = self.top_k if self.kind == "ssc" else 0, visible.shape[1]
+        past, online, index = content_gates(u, online_logit, summaries, visible, None, top_k, self.gate_function)
+        if index is not None:  # the place behind the last memory takes what was not chosen
+            every = past.new_zeros(*past.shape[:-1], slots + 1)
+            past = every.scatter(-1, index.where(index >= 0, slots), past)[..., :slots]
+        return past, online
 
-    @staticmethod
-    def _mixed_parameters(gates: torch.Tensor, states: State, online_gate: torch.Tensor, online: State) -> State:
-        """Eq. 15 letter by letter: one set of parameters per row, from gates `[B, H, S]` and `[B, H]`."""
-        return tuple(
-            (gates[..., None] * kept.transpose(1, 2).flatten(3)).sum(2).view_as(now)
-            + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
-            for kept, now in zip(states, online, strict=False)
-        )
+    def gates_received(self, u, online_logit, summaries, visible) -> torch.Tensor:
+        """Gates `[B, T, H, S]` (or `[B, 1, 1, S]`) as eviction counts them: constant ones are all alike, whatever they
+        are divided by. Args: as in `gates`."""
+        if not self.uses_gates:
+            return visible[:, None, None].float()
+        return self.gates(u, online_logit, summaries, visible)[0]

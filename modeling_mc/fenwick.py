@@ -9,7 +9,7 @@ level is enough, and one running memory per level, the highest of which has not 
 import torch
 
 from .cache_layer import Kept, MCCacheLayer
-from .history import NEVER, Caches, GatesOf, History, Level
+from .history import NEVER, Caches, GatesReceived, History, Level
 from .segments import rows_where
 
 
@@ -34,7 +34,7 @@ class FenwickHistory(History):
                 sums[level] = pairs.unflatten(2, (self.num_blocks, 2)).sum(3)
             layer.put("sums", torch.stack(sums, 1))
 
-    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_of: GatesOf) -> Caches:
+    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         """One row of L level slots (and one that nobody reads) per grid segment: `[R * N, L + 1, H, ...]`."""
         table, num = levels[0].table, len(levels)
         rank = torch.arange(table.num_segments, device=table.first.device)

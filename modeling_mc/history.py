@@ -21,7 +21,7 @@ from .shards import Shards
 NEVER = 2**30  # birth of a slot that may not be read
 
 
-GatesOf = Callable[[int, torch.Tensor | None, torch.Tensor], torch.Tensor]
+GatesReceived = Callable[[int, torch.Tensor | None, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -120,11 +120,11 @@ class History:
         layer.extend(("state.", "sums"), self.num_levels(total, True), copy_last=True)
 
     # --------------------------------------------------------------------------------------------- whole grids
-    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_of: GatesOf) -> Caches:
+    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         """What the tokens of a grid may read: memories kept in `layer`, then the end states of the grid.
 
         Args:
-            gates_of: function of (grid segment, summaries, visible) that gives the gates of past memories, for a
+            gates_received: function of (grid segment, summaries, visible) that gives the gates of past memories, for a
                 history that decides by them.
         """
         table = levels[0].table

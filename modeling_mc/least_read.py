@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .cache_layer import MCCacheLayer
-from .history import NEVER, Caches, GatesOf, History, Level
+from .history import NEVER, Caches, GatesReceived, History, Level
 from .segments import rows_where
 
 
@@ -75,7 +75,7 @@ class LeastReadHistory(History):
         layer.put("segment", who.segment)
         layer.put("received", who.received)
 
-    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_of: GatesOf) -> Caches:
+    def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         table = levels[0].table
         states, summaries, known = self._memories(levels[0], layer, in_order=False)
         rows, old = known.shape
@@ -93,7 +93,7 @@ class LeastReadHistory(History):
             visible.append(taken)
             with torch.no_grad():
                 near = None if summaries is None else summaries[row, place]
-                who.read(gates_of(rank, near, taken), table.valid[:, rank])
+                who.read(gates_received(rank, near, taken), table.valid[:, rank])
                 number = table.finished_before + rank - table.first[:, rank]
                 end = (number + 1) * self.segment_size
                 full = (table.valid[:, rank] & (table.offset[:, rank] == self.segment_size - 1)).any(1)

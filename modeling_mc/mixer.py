@@ -202,11 +202,11 @@ class MCMixer(nn.Module):
                 logit = online if logit is None else logit
             levels.append(Level(coarse, written.ends, sums))
 
-        def gates_of(segment: int, summaries: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
+        def gates_received(segment: int, summaries: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
             tokens = (None, None) if u is None else (u[:, segment], logit[:, segment])
-            return self.aggregation.past_gates(*tokens, summaries, visible)
+            return self.aggregation.gates_received(*tokens, summaries, visible)
 
-        caches = self.history.caches(levels, before, gates_of)
+        caches = self.history.caches(levels, before, gates_received)
         out = self.aggregation.mix(q, u, trace, logit, caches, table.routes)
         if layer is not None:
             self.history.leave(levels, caches, layer)
@@ -250,7 +250,7 @@ class MCMixer(nn.Module):
         gates = None
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
-            gates = self.aggregation.past_gates(*tokens, summaries, visible)[:, 0]
+            gates = self.aggregation.gates_received(*tokens, summaries, visible)[:, 0]
         self.history.push(layer, states, sums, real, gates)
         return out.to(parts.q.dtype)
 

@@ -18,7 +18,7 @@ def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
     return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-class HeadNorm(nn.RMSNorm):
+class HeadRMSNorm(nn.RMSNorm):
     """RMS norm of each head's answer `[..., H, dv]`, then the output gate of the same shape."""
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
@@ -57,5 +57,5 @@ def make_output_norm(config: MCConfig) -> nn.Module:
     heads, width = config.memory_heads, config.memory_value_dim
     eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
     if config.output_norm == "head":
-        return HeadNorm(width, eps=eps)
+        return HeadRMSNorm(width, eps=eps)
     return GatedNorm(heads, width, config.memory_key_heads, eps) if config.output_norm == "gated" else NoNorm()

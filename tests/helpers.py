@@ -7,6 +7,7 @@ from torch import nn
 
 from mc_transformers import MCConfig, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.kernels.read.gates import CONSTANT, GATE_FUNCTIONS
 from mc_transformers.modeling_mc.memories import MEMORIES
 
 
@@ -26,6 +27,7 @@ SMALL = {
 
 
 MEMORY_NAMES = list(MEMORIES)
+GATE_NAMES = [name for name in GATE_FUNCTIONS if name != CONSTANT]
 ONE_MAP_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1]  # soup is GRM for them
 
 

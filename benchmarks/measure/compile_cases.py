@@ -55,7 +55,7 @@ def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str 
     summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
     inputs = (q, u, states, summaries, grid(), *visibility(), function)
     triton_segment_read.forward(*inputs)
-    triton_segment_read.backward(out, grid(), out, grid(), *inputs)
+    triton_segment_read.backward(out, grid(), *inputs)
 
 
 def segment_route(width: int, dtype: torch.dtype, blocks: int = 1) -> None:
@@ -141,7 +141,7 @@ def deep_read(width: int, dtype: torch.dtype) -> None:
     summaries, norm = empty(ROWS, CACHED + SEGMENTS, HEADS, 1, width), (empty(HEADS, width), empty(HEADS, width))
     inputs = (q, u, *deep_maps(width), summaries, grid(), *norm, *visibility(), "softmax")
     triton_deep_read.forward(*inputs)
-    triton_deep_read.backward(out, grid(), out, grid(), *inputs)
+    triton_deep_read.backward(out, grid(), *inputs)
 
 
 def deep_constant_read(width: int, dtype: torch.dtype) -> None:
@@ -179,9 +179,11 @@ VARIANTS: dict[str, Run] = {
     "linear_write no-decay": partial(linear_write, decay=False),
     "segment_read sub-blocks": partial(segment_read, blocks=4),
     "segment_read sigmoid": partial(segment_read, function="sigmoid"),
+    "segment_read relu": partial(segment_read, function="relu"),
     "segment_route sub-blocks": partial(segment_route, blocks=4),
     "decode_step int8": partial(decode_step, kept=torch.int8),
     "decode_step sigmoid": partial(decode_step, function="sigmoid"),
+    "decode_step relu": partial(decode_step, function="relu"),
     "decode_step given": partial(decode_step, given=True),
     "slot_write": slot_write,  # no width is known to it
     "deep_write titans-resumed": partial(deep_write, parts=2, loss="l2", resumed=True),

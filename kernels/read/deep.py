@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..shared.deep import Norm, gelu_backward, per_head
 from ..shared.ops import WIDEST_DEEP, choose_backend, compute_dtype, register_op
-from .segment import Blocks, Gates
+from .gates import missing_in_triton
+from .segment import BlockGates, Blocks
 from .selected import Tiles
 
 
@@ -127,10 +128,10 @@ def deep_read_torch(
     """See `deep_read`."""
     reader = _Reader(q, w2, w1, scale, shift)
     blocks = reader.blocks
-    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
-    out, online_gate = torch.zeros_like(reader.q), torch.empty_like(gates_of.online_logit)
+    weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
+    out, online_gate = torch.zeros_like(reader.q), torch.empty_like(weights.online_logit)
     for segments, tokens, visible in blocks.queries():
-        gates, online_gate[:, tokens], _ = gates_of.block(segments, tokens, visible)
+        gates, online_gate[:, tokens] = weights.block(segments, tokens, visible)
         out[:, tokens] = reader.block(tokens, gates)
     return blocks.untokens(out, q.dtype), blocks.untokens(online_gate, reader.dtype)
 
@@ -138,8 +139,6 @@ def deep_read_torch(
 def deep_read_backward_torch(
     grad_out: torch.Tensor,
     grad_online: torch.Tensor,
-    saved_out: torch.Tensor,
-    saved_online: torch.Tensor,
     q: torch.Tensor,
     u: torch.Tensor,
     w2: torch.Tensor,
@@ -157,16 +156,14 @@ def deep_read_backward_torch(
     """Gradients of q ... shift (empty tensors without a norm)."""
     reader = _Reader(q, w2, w1, scale, shift)
     blocks = reader.blocks
-    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
+    weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
     reader.begin_backward(grad_out)
-    results = (blocks.tokens(x, reader.dtype) for x in (saved_out, grad_online, saved_online))
-    gates_of.begin_backward(reader.grad_out, *results)
+    weights.begin_backward(blocks.tokens(grad_online, reader.dtype))
     for segments, tokens, visible in blocks.queries():
-        if visible:
-            gates, _, choice = gates_of.block(segments, tokens, visible)
-            gates_of.block_backward(tokens, gates, choice, reader.block_backward(tokens, gates))
+        gates, _ = weights.block(segments, tokens, visible)
+        weights.block_backward(tokens, reader.block_backward(tokens, gates))
     grad_q, grad_w2, grad_w1, grad_scale, grad_shift = reader.gradients(q, w2, w1, scale, shift)
-    grad_u, grad_summaries, grad_logit = gates_of.gradients(u, summaries, online_logit)
+    grad_u, grad_summaries, grad_logit = weights.gradients(u, summaries, online_logit)
     return grad_q, grad_u, grad_w2, grad_w1, grad_summaries, grad_logit, grad_scale, grad_shift
 
 
@@ -178,7 +175,7 @@ deep_read_op = register_op(
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:-1], dtype=compute_dtype(q)),
     ),
-    lambda *args: _like(*args[4:12]),
+    lambda *args: _like(*args[2:10]),
     differentiable=8,
     triton="read.deep_triton",
 )
@@ -202,13 +199,17 @@ def deep_read(
 
     Args:
         w2, w1: `[R, S, H, d, h]` and `[R, S, H, h, d]`, S = cached + N. scale, shift: `[H, d]` of LN, or None without.
-        q, u, summaries, online_logit, birth, first, function: see `segment_read.segment_read`.
+        q, u, summaries, online_logit, birth, first, function: see `segment.segment_read`.
         backend: "auto", "triton" or "torch", see `choose_backend`; Triton has heads up to WIDEST_DEEP wide.
 
     Returns:
         the gated sum over the past `[R, N, W, H, d]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
+
+    Raises:
+        ValueError: an unknown gate function, or "triton" cannot be had.
     """
-    backend = choose_backend(backend, "deep_read", q, q.shape[-1], u.shape[-1], widest=WIDEST_DEEP)
+    widths, missing = (q.shape[-1], u.shape[-1]), missing_in_triton(function)
+    backend = choose_backend(backend, "deep_read", q, *widths, widest=WIDEST_DEEP, missing=missing)
     return deep_read_op(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function, backend)
 
 

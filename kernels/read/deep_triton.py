@@ -27,7 +27,7 @@ from ..shared.deep_triton import (
     warps_of,
 )
 from ..shared.triton import LENGTHS, dot_precision, launch, narrow, operand_dtype
-from .gates_triton import Gates, query_blocks
+from .gates_triton import GateKernels, query_blocks
 
 
 @triton.jit
@@ -257,7 +257,7 @@ class DeepRead:
         self.grad_scale, self.grad_shift = (self.grad_w2.new_zeros(norm) for _ in range(2))
 
     def blocks(self):
-        """As `Gates.blocks`, but so that the gradients of r of a block have about the same bound."""
+        """As `GateKernels.blocks`, but so that the gradients of r of a block have about the same bound."""
         return query_blocks(self.num, self.width, self.groups, self.memories * self.dim)
 
     def backward(self, gates: torch.Tensor, begin: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,7 +309,7 @@ class DeepRead:
 
 def forward(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function):
     """See `deep_read`."""
-    gates = Gates(u, summaries, online_logit, birth, first, function)
+    gates = GateKernels(u, summaries, online_logit, birth, first, function)
     read = DeepRead(q, w2, w1, scale, shift, first)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin, count in gates.blocks():
@@ -317,25 +317,9 @@ def forward(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, f
     return out, gates.online_gate
 
 
-def backward(
-    grad_out,
-    grad_online,
-    saved_out,
-    saved_online,
-    q,
-    u,
-    w2,
-    w1,
-    summaries,
-    online_logit,
-    scale,
-    shift,
-    birth,
-    first,
-    function,
-):
+def backward(grad_out, grad_online, q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function):
     """See `deep_read_backward_torch`."""
-    gates = Gates(u, summaries, online_logit, birth, first, function)
+    gates = GateKernels(u, summaries, online_logit, birth, first, function)
     read = DeepRead(q, w2, w1, scale, shift, first)
     read.begin_backward(grad_out)
     gates.begin_backward(grad_online)

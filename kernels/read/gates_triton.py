@@ -1,4 +1,7 @@
-"""Content gates on Triton (eq. 10): gates of past memories from u and segment summaries, and their gradients.
+"""gates.py on Triton: gates of past memories from u and segment summaries, and their gradients.
+
+A gate is `weigh(logit) / sum`, where `finish` has the sum. These two and `slope` are all that knows gate functions, as
+FUNCTION, their names in `GATE_FUNCTIONS`; an entry there says whether they do.
 
 The gates of a block of query segments are written out, segment by segment: `[G, S, T]` in fp32 for T tokens and
 G = rows x heads. Deep reads and the backward of `segment_read` take them as given, as plain products that know
@@ -12,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..shared.triton import LENGTHS, chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
+from .gates import missing_in_triton
 
 
 ELEMENTS = 2**27  # gates that are held at once, unless fewer tokens than PROGRAMS tiles would be left
@@ -26,6 +30,17 @@ def query_blocks(num: int, width: int, groups: int, memories: int) -> Iterator[t
         yield first, min(step, num - first)
 
 
+def triton_name(function: str) -> str:
+    """FUNCTION of the kernels.
+
+    Raises:
+        ValueError: they do not know the function.
+    """
+    if missing := missing_in_triton(function):
+        raise ValueError(f"`function`={function!r}: {missing}")
+    return function
+
+
 def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[dict, int, int]:
     """Tile of tokens, warps and stages of the kernels that compute logits, without spilled registers."""
     on, dim = chip(u), power_of_two(u.shape[-1])
@@ -33,6 +48,41 @@ def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[dict, int, in
     if on == "ampere" and dim * summaries.shape[3] > 128:
         tile = 16 if dim > 128 else 32
     return {"BT": min(tile, power_of_two(u.shape[2]))}, warps, 1 if on == "amd" else 2
+
+
+@triton.jit
+def weigh(b_logit, b_max, FUNCTION: tl.constexpr):
+    """Gates before their division by a sum; b_max, the largest logit, keeps the softmax's finite."""
+    if FUNCTION == "softmax":
+        return tl.exp(b_logit - b_max)
+    elif FUNCTION == "sigmoid":
+        return tl.sigmoid(b_logit)
+    else:
+        tl.static_assert(FUNCTION == "relu")
+        return tl.maximum(b_logit, 0.0)
+
+
+@triton.jit
+def finish(b_own, b_sum, FUNCTION: tl.constexpr):
+    """Of the online memory's weight and the sum of all weights: what the weight is, and what all are divided by."""
+    if FUNCTION == "sigmoid":
+        b_sum = tl.full(b_sum.shape, 1.0, tl.float32)
+    elif FUNCTION == "relu":
+        m_none = b_sum == 0
+        b_own, b_sum = tl.where(m_none, 1.0, b_own), tl.where(m_none, 1.0, b_sum)
+    return b_own, b_sum
+
+
+@triton.jit
+def slope(b_gate, b_sum, FUNCTION: tl.constexpr):
+    """The derivative of a gate by its logit, where the sum stays as it is."""
+    if FUNCTION == "softmax":
+        return b_gate
+    elif FUNCTION == "sigmoid":
+        return b_gate * (1 - b_gate)
+    else:
+        tl.static_assert(FUNCTION == "relu")
+        return tl.where(b_gate > 0, 1 / b_sum, 0.0)
 
 
 @triton.jit
@@ -79,6 +129,7 @@ def _gates_kernel(
     first,
     gates,
     online_gate,
+    total,
     begin,
     count,
     num,
@@ -88,7 +139,7 @@ def _gates_kernel(
     DU: tl.constexpr,
     BU: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    FUNCTION: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,31 +162,30 @@ def _gates_kernel(
     first_memory = tl.load(first + row * num + segment)
     visible = memories - num + segment
 
-    if SIGMOID:
-        b_own = tl.sigmoid(b_online)
-    else:
-        b_max, b_sum = b_online, tl.full((BT,), 1.0, tl.float32)
+    b_max, b_sum = b_online, weigh(b_online, b_online, FUNCTION)
+    if FUNCTION != "sigmoid":
         for start in range(0, visible, BN):
             o_memory = start + tl.arange(0, BN)
             b_logit, _ = block_logits(
                 b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION
             )
             b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
-            b_new = tl.maximum(b_max, tl.max(b_logit, 1))
-            b_sum = b_sum * tl.exp(b_max - b_new) + tl.sum(tl.exp(b_logit - b_new[:, None]), 1)
-            b_max = b_new
-        b_own = tl.exp(b_online - b_max) / b_sum
-    tl.store(online_gate + token, b_own, mask=m_t)
+            if FUNCTION == "softmax":
+                b_new = tl.maximum(b_max, tl.max(b_logit, 1))
+                b_sum *= tl.exp(b_max - b_new)
+                b_max = b_new
+            b_sum += tl.sum(weigh(b_logit, b_max[:, None], FUNCTION), 1)
+    b_own, b_sum = finish(weigh(b_online, b_max, FUNCTION), b_sum, FUNCTION)
+    tl.store(online_gate + token, b_own / b_sum, mask=m_t)
+    if FUNCTION == "relu":  # the pull-back needs it
+        tl.store(total + token, b_sum, mask=m_t)
 
     p_gates = gates + group * memories * count * width + local * width + o_t
     for start in range(0, visible, BN):
         o_memory = start + tl.arange(0, BN)
         b_logit, _ = block_logits(b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION)
         b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
-        if SIGMOID:
-            b_gate = tl.sigmoid(b_logit)
-        else:
-            b_gate = tl.exp(b_logit - b_max[:, None]) / b_sum[:, None]
+        b_gate = weigh(b_logit, b_max[:, None], FUNCTION) / b_sum[:, None]
         o_gate = tl.cast(o_memory, tl.int64)[None, :] * count * width
         tl.store(p_gates[:, None] + o_gate, b_gate, mask=m_t[:, None] & (o_memory < visible)[None, :])
 
@@ -148,6 +198,7 @@ def _gates_backward_kernel(
     u,
     summaries,
     online_gate,
+    total,
     grad_online,
     grad_u,
     grad_logit,
@@ -162,7 +213,7 @@ def _gates_backward_kernel(
     DU: tl.constexpr,
     BU: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    FUNCTION: tl.constexpr,
     PARTS: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -185,13 +236,14 @@ def _gates_backward_kernel(
 
     b_own = tl.load(online_gate + token, mask=m_t, other=0.0)
     b_grad_own = tl.load(grad_online + token, mask=m_t, other=0.0)
-    if SIGMOID:
-        b_grad_logit = b_grad_own * b_own * (1 - b_own)
-    else:
-        b_shared = b_own * b_grad_own
+    b_shared, b_sum = tl.zeros((BT,), tl.float32), None
+    if FUNCTION == "relu":
+        b_sum = tl.load(total + token, mask=m_t, other=1.0)
+    if FUNCTION != "sigmoid":  # what all gates of a token share through their sum
+        b_shared += b_own * b_grad_own
         for part in tl.static_range(PARTS):
             b_shared += tl.load(shared + tl.cast(part, tl.int64) * token_stride + token, mask=m_t, other=0.0)
-        b_grad_logit = b_own * (b_grad_own - b_shared)
+    b_grad_logit = slope(b_own, b_sum, FUNCTION) * (b_grad_own - b_shared)
     tl.store(grad_logit + token, b_grad_logit.to(grad_logit.dtype.element_ty), mask=m_t)
 
     if BLOCKS > 1:
@@ -207,10 +259,7 @@ def _gates_backward_kernel(
         b_grad = tl.load(grad_gates + o_gate, mask=m_gate, other=0.0)
         for part in tl.static_range(1, PARTS):
             b_grad += tl.load(grad_gates + tl.cast(part, tl.int64) * part_stride + o_gate, mask=m_gate, other=0.0)
-        if SIGMOID:
-            b_grad = b_grad * b_gate * (1 - b_gate)
-        else:
-            b_grad = b_gate * (b_grad - b_shared[:, None])
+        b_grad = slope(b_gate, None if b_sum is None else b_sum[:, None], FUNCTION) * (b_grad - b_shared[:, None])
         tl.store(grad_gates + o_gate, b_grad, mask=m_gate)
         if BLOCKS > 1:
             _, b_choice = block_logits(b_u, p_summaries, o_memory, m_memory, stride, DU, BU, BLOCKS, PRECISION)
@@ -274,8 +323,8 @@ def _summaries_backward_kernel(
     tl.store(p_sum, tl.load(p_sum, mask=m_sum, other=0.0) + b_sum, mask=m_sum)
 
 
-class Gates:
-    """The gates of one call of a read op. Args: as in `segment_read`.
+class GateKernels:
+    """Launches of the kernels above for one call of a read op. Args: as in `segment_read`.
 
     `block` gives the gates `[G, S, T]` of some query segments, of which entries that no token of a segment may read
     (memory >= cached + segment) are left unwritten.
@@ -288,12 +337,13 @@ class Gates:
         self.rows, self.num, self.width, self.heads, self.summary_dim = u.shape
         self.memories, self.groups = summaries.shape[1], u.shape[0] * u.shape[3]
         self.online_gate = torch.empty(online_logit.shape, dtype=torch.float32, device=u.device)
+        self.total = torch.empty_like(self.online_gate) if function == "relu" else None
         self.sizes = {"num": self.num, "width": self.width, "heads": self.heads, "memories": self.memories}
         self.meta = {
             "DU": self.summary_dim,
             "BU": power_of_two(self.summary_dim),
             "BLOCKS": summaries.shape[3],
-            "SIGMOID": function == "sigmoid",
+            "FUNCTION": triton_name(function),
             "PRECISION": dot_precision(self.u),
             "BN": min(32, power_of_two(self.memories)),
         }
@@ -316,6 +366,7 @@ class Gates:
             "first": self.first,
             "gates": gates,
             "online_gate": self.online_gate,
+            "total": self.total,
             "begin": begin,
             "count": count,
         }
@@ -339,6 +390,7 @@ class Gates:
             "u": self.u,
             "summaries": self.summaries,
             "online_gate": self.online_gate,
+            "total": self.total,
             "grad_online": self.grad_online,
             "grad_u": self.grad_u,
             "grad_logit": self.grad_logit,
@@ -357,6 +409,6 @@ class Gates:
             "begin": begin,
             "count": count,
         }
-        meta = {key: value for key, value in self.meta.items() if key != "SIGMOID"}
+        meta = {key: value for key, value in self.meta.items() if key != "FUNCTION"}
         grid = (self.groups * triton.cdiv(self.memories, meta["BN"]), meta["BLOCKS"])
         launch(_summaries_backward_kernel, lambda _: grid, args | self.sizes, meta, self.configs)

@@ -9,20 +9,10 @@ answer. Gates are recomputed in the backward: nothing of size tokens x segments 
 import torch
 
 from ..shared.ops import budget, choose_backend, compute_dtype, register_op
+from .gates import HIDDEN, gate_function, gate_logits, gate_logits_backward, hidden_memories, missing_in_triton
 
 
 BUDGET = 2**19  # elements of the largest temporary, tokens x segments x head width, of one block
-
-
-def gate_logits(u: torch.Tensor, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`<u_t, summary_i>` `[G, T, N]` from u `[G, T, d]` and summaries `[G, N, m, d]`; the maximum over the m sub-block
-    means of a segment, and its index (None for m = 1)."""
-    groups, segments, blocks, width = summaries.shape
-    logits = u @ summaries.reshape(groups, segments * blocks, width).transpose(-1, -2)
-    if blocks == 1:
-        return logits, None
-    best = logits.view(groups, u.shape[1], segments, blocks).max(-1)
-    return best.values, best.indices
 
 
 class Blocks:
@@ -69,56 +59,39 @@ class Blocks:
         return [slice(i, min(i + self.read_step, visible)) for i in range(0, visible, self.read_step)]
 
 
-class Gates:
-    """Content gates over past memories and the online one, for one block of tokens at a time, and their gradients.
-
-    Args: see `segment_read`.
-    """
+class BlockGates:
+    """Gates of one block of tokens at a time, and their gradients. Args: see `segment_read`."""
 
     def __init__(self, blocks: Blocks, u, summaries, online_logit, birth, first, function: str, dtype) -> None:
-        self.blocks, self.birth, self.first, self.function = blocks, birth, first, function
+        self.blocks, self.birth, self.first, self.function = blocks, birth, first, gate_function(function)
         self.u, self.online_logit = blocks.tokens(u, dtype), blocks.tokens(online_logit, dtype)
         self.summaries = blocks.memories(summaries, dtype)
 
-    def block(self, segments: slice, tokens: slice, visible: int):
-        """Gates of past memories `[G, T, V]`, of the online one `[G, T]`, which sub-block mean set each logit."""
+    def block(self, segments: slice, tokens: slice, visible: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates of the first `visible` memories `[G, T, V]` and of the online one `[G, T]`."""
         blocks = self.blocks
-        logits, choice = gate_logits(self.u[:, tokens], self.summaries[:, :visible])
-        rank = torch.arange(segments.start, segments.stop, device=logits.device)
-        slot = torch.arange(visible, device=logits.device)
-        hidden = (self.birth[:, None, :visible] > rank[:, None]) | (slot < self.first[:, segments, None])
-        hidden = hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1)
-        logits = logits.masked_fill(hidden, float("-inf"))
-        online = self.online_logit[:, tokens]
-        if self.function == "sigmoid":
-            return logits.sigmoid(), online.sigmoid(), choice
-        gates = torch.cat([logits, online[..., None]], -1).softmax(-1)
-        return gates[..., :-1], gates[..., -1], choice
+        logits, self.choice = gate_logits(self.u[:, tokens], self.summaries[:, :visible])
+        hidden = hidden_memories(self.birth, self.first, segments, visible)
+        logits = logits.masked_fill(
+            hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1), HIDDEN
+        )
+        self.logits = torch.cat([logits, self.online_logit[:, tokens, None]], -1)
+        self.gates = self.function.value(self.logits)
+        return self.gates[..., :-1], self.gates[..., -1]
 
-    def begin_backward(self, grad_out, out, grad_online, online) -> None:
-        """Takes outputs of the read and their gradients, `[G, N * W, ...]`."""
-        self.grad_u, self.grad_summaries = torch.zeros_like(self.u), torch.zeros_like(self.summaries)
-        if self.function == "sigmoid":
-            self.shared = None
-            self.grad_logit = grad_online * online * (1 - online)
-        else:  # the softmax pull-back's common term: the sum of gate x its gradient
-            self.shared = (grad_out * out).sum(-1) + grad_online * online
-            self.grad_logit = online * (grad_online - self.shared)
+    def begin_backward(self, grad_online: torch.Tensor) -> None:
+        """Takes the gradient of all online gates `[G, N * W]`."""
+        self.grad_online, self.grad_logit = grad_online, torch.empty_like(self.online_logit)
+        self.grad_u, self.grad_summaries = torch.empty_like(self.u), torch.zeros_like(self.summaries)
 
-    def block_backward(self, tokens: slice, gates, choice, grad_gates) -> None:
-        """Adds what the gradient `[G, T, V]` of one block's gates gives to those of u and the summaries."""
-        if self.shared is None:
-            grad_logits = grad_gates * gates * (1 - gates)
-        else:
-            grad_logits = gates * (grad_gates - self.shared[:, tokens, None])
-        visible = grad_logits.shape[-1]
-        if choice is not None:
-            spread = grad_logits.new_zeros(*grad_logits.shape, self.summaries.shape[2])
-            grad_logits = spread.scatter_(-1, choice[..., None], grad_logits[..., None])
-        grad_logits = grad_logits.reshape(*grad_logits.shape[:2], -1)  # [G, T, V * m]
-        self.grad_u[:, tokens] = grad_logits @ self.summaries[:, :visible].flatten(1, 2)
-        grad_z = grad_logits.transpose(-1, -2) @ self.u[:, tokens]
-        self.grad_summaries[:, :visible] += grad_z.view(-1, visible, *self.summaries.shape[2:])
+    def block_backward(self, tokens: slice, grad_gates: torch.Tensor) -> None:
+        """Takes the gradient `[G, T, V]` of the gates that `block` gave last."""
+        grad = torch.cat([grad_gates, self.grad_online[:, tokens, None]], -1)
+        grad = self.function.pull_back(self.logits, self.gates, grad)
+        self.grad_logit[:, tokens] = grad[..., -1]
+        read = self.summaries[:, : grad_gates.shape[-1]]
+        self.grad_u[:, tokens], grad_read = gate_logits_backward(grad[..., :-1], self.choice, self.u[:, tokens], read)
+        self.grad_summaries[:, : grad_gates.shape[-1]] += grad_read
 
     def gradients(self, u, summaries, online_logit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of u, summaries and online_logit, in their layouts and dtypes."""
@@ -141,12 +114,12 @@ def segment_read_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `segment_read`."""
     dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
-    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, dtype)
+    weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, dtype)
     qg, sg = blocks.tokens(q, dtype), blocks.memories(states, dtype)
     out = qg.new_zeros(*qg.shape[:-1], states.shape[-1])
     online_gate = qg.new_empty(qg.shape[:-1])
     for segments, tokens, visible in blocks.queries():
-        gates, online_gate[:, tokens], _ = gates_of.block(segments, tokens, visible)
+        gates, online_gate[:, tokens] = weights.block(segments, tokens, visible)
         for read in blocks.reads(visible):
             mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
             out[:, tokens] += mixed @ sg[:, read].flatten(1, 2)
@@ -156,8 +129,6 @@ def segment_read_torch(
 def segment_read_backward_torch(
     grad_out: torch.Tensor,
     grad_online: torch.Tensor,
-    saved_out: torch.Tensor,
-    saved_online: torch.Tensor,
     q: torch.Tensor,
     u: torch.Tensor,
     states: torch.Tensor,
@@ -169,15 +140,12 @@ def segment_read_backward_torch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, u, states, summaries and online_logit."""
     dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
-    gates_of = Gates(blocks, u, summaries, online_logit, birth, first, function, dtype)
-    qg, go, gg, out, online = (blocks.tokens(x, dtype) for x in (q, grad_out, grad_online, saved_out, saved_online))
-    sg = blocks.memories(states, dtype)
+    weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, dtype)
+    qg, go, sg = blocks.tokens(q, dtype), blocks.tokens(grad_out, dtype), blocks.memories(states, dtype)
     grad_q, grad_states = torch.zeros_like(qg), torch.zeros_like(sg)
-    gates_of.begin_backward(go, out, gg, online)
+    weights.begin_backward(blocks.tokens(grad_online, dtype))
     for segments, tokens, visible in blocks.queries():
-        if visible == 0:
-            continue
-        gates, _, choice = gates_of.block(segments, tokens, visible)
+        gates, _ = weights.block(segments, tokens, visible)
         grad_gates = torch.empty_like(gates)
         for read in blocks.reads(visible):
             back = torch.einsum("gtv,gskv->gtsk", go[:, tokens], sg[:, read])
@@ -186,8 +154,8 @@ def segment_read_backward_torch(
             grad_q[:, tokens] += back.mul_(gates[..., read, None]).sum(-2)
             mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
             grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).view_as(sg[:, read])
-        gates_of.block_backward(tokens, gates, choice, grad_gates)
-    grad_u, grad_summaries, grad_logit = gates_of.gradients(u, summaries, online_logit)
+        weights.block_backward(tokens, grad_gates)
+    grad_u, grad_summaries, grad_logit = weights.gradients(u, summaries, online_logit)
     return (
         blocks.untokens(grad_q, q.dtype),
         grad_u,
@@ -202,9 +170,7 @@ def _fake(q, u, states, summaries, online_logit, birth, first, function):
     return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
-def _fake_backward(
-    grad_out, grad_online, saved_out, saved_online, q, u, states, summaries, online_logit, birth, first, function
-):
+def _fake_backward(grad_out, grad_online, q, u, states, summaries, online_logit, birth, first, function):
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, u, states, summaries, online_logit)
     )
@@ -241,11 +207,15 @@ def segment_read(
         online_logit: `[R, N, W, H]`, logit of the online memory.
         birth: `[R, S]` integer: memory i is visible to grid segments j >= birth (0 = from the start).
         first: `[R, N]` integer: the first memory that grid segment j may see (documents packed in one row).
-        function: "softmax" over the visible memories and the online one, or "sigmoid", each gate on its own.
+        function: what turns logits into gates, a name of `gates.GATE_FUNCTIONS`.
         backend: "auto", "triton" or "torch", see `choose_backend`.
 
     Returns:
         the gated sum over the past `[R, N, W, H, dv]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
+
+    Raises:
+        ValueError: an unknown gate function, or "triton" cannot be had.
     """
-    backend = choose_backend(backend, "segment_read", q, *states.shape[-2:], u.shape[-1])
+    widths, missing = (*states.shape[-2:], u.shape[-1]), missing_in_triton(function)
+    backend = choose_backend(backend, "segment_read", q, *widths, missing=missing)
     return segment_read_op(q, u, states, summaries, online_logit, birth, first, function, backend)

@@ -1,5 +1,5 @@
-"""`segment_read` on Triton: a read with the gates' softmax fused in, and a backward that takes the gates of
-`triton_gates` as given.
+"""`segment_read` on Triton: a read with the gates fused in, and a backward that takes the gates of
+gates_triton.py as given.
 
     o_t = sum_i g_ti S_i^T q_t    dq_t = sum_i g_ti S_i do_t    dg_ti = q_t^T S_i do_t    dS_i = sum_t g_ti q_t do_t^T
 
@@ -25,7 +25,7 @@ from ..shared.triton import (
     split_dot,
     split_width,
 )
-from .gates_triton import Gates, hide
+from .gates_triton import GateKernels, finish, hide, weigh
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _read_kernel(
     NU: tl.constexpr,
     BLOCKS: tl.constexpr,
     HOLD: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    FUNCTION: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -122,7 +122,7 @@ def _read_kernel(
     p_summaries = summaries + (row * memories * heads + head) * BLOCKS * DU
     stride = heads * BLOCKS * DU
     o_n = tl.arange(0, BN)
-    b_max, b_sum = b_online, tl.full((BT,), 1.0, tl.float32)  # the online memory is the first of the softmax
+    b_max, b_sum = b_online, weigh(b_online, b_online, FUNCTION)  # the online memory is the first of the sum
     b_gates, b_out = tl.zeros((BT, BN), tl.float32), tl.zeros((BT, BV), tl.float32)
     first_memory, visible = tl.load(first + row * num + segment).to(tl.int32), memories - num + segment
     for memory in range(first_memory, visible):
@@ -134,13 +134,13 @@ def _read_kernel(
                 b_u, p_u, m_t, p_summaries, o_memory, m_memory, stride, DU, BU, NU, BLOCKS, HOLD, PRECISION
             )
             b_logit = hide(b_logit, o_memory, visible, segment, birth + row * memories, first_memory)
-            if SIGMOID:
-                b_gates = tl.sigmoid(b_logit)
-            else:
+            if FUNCTION == "softmax":
                 b_new = tl.maximum(b_max, tl.max(b_logit, 1))
-                b_gates, b_scale = tl.exp(b_logit - b_new[:, None]), tl.exp(b_max - b_new)
-                b_max, b_sum = b_new, b_sum * b_scale + tl.sum(b_gates, 1)
+                b_scale = tl.exp(b_max - b_new)
+                b_max, b_sum = b_new, b_sum * b_scale
                 b_out *= b_scale[:, None]
+            b_gates = weigh(b_logit, b_max[:, None], FUNCTION)
+            b_sum += tl.sum(b_gates, 1)
         p_state = states + ((row * memories + memory) * heads + head) * DK * DV
         b_answer = tl.zeros((BT, BV), tl.float32)
         for number in tl.static_range(NK):
@@ -150,13 +150,10 @@ def _read_kernel(
             b_answer = dot(b_q[number], b_state, b_answer, PRECISION)
         b_gate = tl.sum(tl.where((o_n == column)[None, :], b_gates, 0.0), 1)
         b_out += b_gate[:, None] * b_answer
-    if SIGMOID:
-        b_own = tl.sigmoid(b_online)
-    else:
-        b_own = tl.exp(b_online - b_max) / b_sum
-        b_out *= (1 / b_sum)[:, None]
+    b_own, b_sum = finish(weigh(b_online, b_max, FUNCTION), b_sum, FUNCTION)
+    b_out *= (1 / b_sum)[:, None]
     if block == 0:
-        tl.store(online_gate + token, b_own, mask=m_t)
+        tl.store(online_gate + token, b_own / b_sum, mask=m_t)
     p_out = out + token[:, None] * DV + o_v[None, :]
     tl.store(p_out, narrow(b_out, out.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])
 
@@ -289,7 +286,7 @@ def _states_backward_kernel(
 class _Read:
     """Launches of the kernels above for one call. Tensors are contiguous and of the operand dtype."""
 
-    def __init__(self, q, states, gates: Gates) -> None:
+    def __init__(self, q, states, gates: GateKernels) -> None:
         self.gates = gates
         dtype = operand_dtype(q, states) if q.dtype == torch.float32 else q.dtype
         self.q, self.states = q.to(dtype).contiguous(), states.to(dtype).contiguous()
@@ -322,7 +319,7 @@ class _Read:
             "BU": block,
             "NU": triton.cdiv(gates.summary_dim, block),
             "BLOCKS": gates.meta["BLOCKS"],
-            "SIGMOID": gates.meta["SIGMOID"],
+            "FUNCTION": gates.meta["FUNCTION"],
             "HOLD": self.on in ("hopper", "blackwell") and not wide,
             "BN": 16,
         }
@@ -397,18 +394,16 @@ class _Read:
 
 def forward(q, u, states, summaries, online_logit, birth, first, function):
     """See `segment_read`."""
-    gates = Gates(u, summaries, online_logit, birth, first, function)
+    gates = GateKernels(u, summaries, online_logit, birth, first, function)
     read = _Read(q, states, gates)
     out = torch.empty(*q.shape[:-1], states.shape[-1], dtype=q.dtype, device=q.device)
     read.read(out)
     return out, gates.online_gate
 
 
-def backward(
-    grad_out, grad_online, saved_out, saved_online, q, u, states, summaries, online_logit, birth, first, function
-):
+def backward(grad_out, grad_online, q, u, states, summaries, online_logit, birth, first, function):
     """See `segment_read_backward_torch`."""
-    gates = Gates(u, summaries, online_logit, birth, first, function)
+    gates = GateKernels(u, summaries, online_logit, birth, first, function)
     read = _Read(q, states, gates)
     grad_out = grad_out.to(read.q.dtype).contiguous()
     gates.begin_backward(grad_online)

@@ -7,7 +7,7 @@ is fetched once per tile and k products per token are computed, whatever the num
 import torch
 
 from ..shared.ops import budget, choose_backend, compute_dtype, register_op
-from .segment import gate_logits
+from .gates import HIDDEN, choose_best, gate_logits, hidden_memories
 
 
 ROUTE_BUDGET = 2**19  # elements of one block of scores, tokens x segments
@@ -28,12 +28,9 @@ def segment_route_torch(
         stop = min(start + step, num)
         visible = max(top_k, memories - num + stop)  # later memories are hidden from all of this block
         logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg[:, :visible])
-        rank, slot = torch.arange(start, stop, device=u.device), torch.arange(visible, device=u.device)
-        hidden = (birth[:, None, :visible] > rank[:, None]) | (slot < first[:, start:stop, None])
-        hidden = hidden.repeat_interleave(heads, 0)[:, :, None]
-        logits = logits.view(groups, stop - start, width, visible).masked_fill_(hidden, float("-inf"))
-        best = logits.topk(top_k, dim=-1)
-        chosen[:, start:stop] = best.indices.masked_fill(best.values == float("-inf"), -1)
+        hidden = hidden_memories(birth, first, slice(start, stop), visible).repeat_interleave(heads, 0)[:, :, None]
+        logits = logits.view(groups, stop - start, width, visible).masked_fill_(hidden, HIDDEN)
+        chosen[:, start:stop] = choose_best(logits, top_k)
     return chosen.view(rows, heads, num, width, top_k).movedim(1, 3).contiguous()
 
 

@@ -59,12 +59,14 @@ def _no_triton(x: torch.Tensor, widths: tuple[int, ...], widest: int) -> str | N
     return None
 
 
-def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int, widest: int = WIDEST) -> str:
+def choose_backend(
+    requested: str, op: str, x: torch.Tensor, *widths: int, widest: int = WIDEST, missing: str | None = None
+) -> str:
     """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
 
     Args:
         requested: `MCConfig.mc_backend`; "auto" is torch until the Triton kernels have run on a GPU; logged once.
-        widest: of the widths that the op's kernels are written for.
+        widest: of the widths that the op's kernels are written for. missing: what else they cannot do, in words.
 
     Raises:
         ValueError: "triton" is requested and cannot be had.
@@ -73,7 +75,7 @@ def choose_backend(requested: str, op: str, x: torch.Tensor, *widths: int, wides
         if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():
             _log_once(f"{op}: torch, because its Triton kernels have not run on a GPU yet (mc_backend='triton')")
         return "torch"
-    problem = _no_triton(x, widths, widest)
+    problem = missing or _no_triton(x, widths, widest)
     if problem is not None:
         raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
     return "triton"
@@ -145,8 +147,8 @@ def register_op(
     Args:
         forward: `(inputs...) -> tensors`, with annotated tensor arguments first.
         backward: `(one gradient per output, inputs...) -> one gradient per differentiable input`; an input that is
-            None gets an empty tensor. Arguments named `saved_*` between the two stand for the outputs of `forward`.
-            The gradient of an output that nothing used is zero, or None where its annotation allows that.
+            None gets an empty tensor. The gradient of an output that nothing used is zero, or None where its
+            annotation allows that.
         fake, fake_backward: the same with shapes and dtypes only.
         differentiable: how many of the leading inputs receive a gradient.
         triton: the module of kernels/, such as "read.segment_triton", whose `forward` and `backward` do the same on
@@ -159,7 +161,6 @@ def register_op(
         return op
     backward_op = _custom_op(f"{name}_backward", backward, fake_backward, triton, "backward")
     parameters = inspect.signature(backward).parameters
-    takes_outputs = any(name.startswith("saved_") for name in parameters)
     takes_none = [parameter.annotation == torch.Tensor | None for parameter in parameters.values()]
 
     def setup_context(ctx, inputs, output):
@@ -168,8 +169,7 @@ def register_op(
         ctx.outputs_meta = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        saved = list(outputs) if takes_outputs else []
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)), *saved)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
 
     def gradient(ctx, *grads):
         tensors = iter(ctx.saved_tensors)
@@ -178,7 +178,7 @@ def register_op(
         for i, (shape, dtype, device) in enumerate(ctx.outputs_meta):
             if full[i] is None and not takes_none[i]:
                 full[i] = torch.zeros(shape, dtype=dtype, device=device)
-        results = backward_op(*full, *tensors, *inputs)
+        results = backward_op(*full, *inputs)
         results = [results] if isinstance(results, torch.Tensor) else list(results)
         kept = [r if ctx.is_tensor[i] and ctx.needs_input_grad[i] else None for i, r in enumerate(results)]
         return (*kept, *[None] * (len(ctx.rest) - differentiable))

@@ -8,42 +8,8 @@ Triton kernels read every state once, where it is stored and as it is stored (bf
 
 import torch
 
+from ..read.gates import missing_in_triton, token_gates
 from ..shared.ops import choose_backend, needs_gradient, register_op
-
-
-def gates_of(logits: torch.Tensor, online_logit: torch.Tensor, function: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates of past memories `[..., S]` (hidden ones have logit -inf) and of the online one `[...]`.
-
-    `function`: "softmax" over all of them, "sigmoid" each on its own, or "one" for whoever can be read.
-    """
-    if function == "one":
-        return (logits > float("-inf")).to(logits.dtype), torch.ones_like(online_logit)
-    if function == "sigmoid":
-        return logits.sigmoid(), online_logit.sigmoid()
-    gates = torch.cat([logits, online_logit[..., None]], -1).softmax(-1)
-    return gates[..., :-1], gates[..., -1]
-
-
-def token_gates(
-    u: torch.Tensor,
-    online_logit: torch.Tensor,
-    summaries: torch.Tensor,
-    visible: torch.Tensor,
-    index: torch.Tensor | None,
-    top_k: int,
-    function: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gates `[B, H, K]` and `[B, H]` of one token, and the slots `[B, H, K]` they belong to (None: all S).
-
-    Args: as in `decode_step`.
-    """
-    logits = torch.einsum("bhd,bshmd->bhsm", u.to(summaries.dtype), summaries).amax(-1)
-    logits = logits.masked_fill(~visible[:, None], float("-inf"))
-    if top_k:
-        if index is None:
-            index = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
-        logits = logits.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
-    return *gates_of(logits, online_logit, function), index
 
 
 def fetch(
@@ -115,16 +81,22 @@ def decode_step(
         online_logit: `[B, H]`. states: `[B, S, H, dk, dv]` finished segments, in any dtype, with `scale`
             `[B, S, H, dk, 1]` if they are int8; they may be stored on another device.
         summaries: `[B, S, H, m, du]`, m sub-block means each. visible: `[B, S]` bool, those that a row may read.
-        top_k: 0 = read all, else the best so many. index: `[B, H, K]` int64, the slots to read instead; with top_k.
-        function: "softmax" or "sigmoid" gates.
+        top_k: 0 = read all, else the best so many. index: `[B, H, K]` int64, the slots to read instead, or -1; with
+            top_k.
+        function: what turns logits into gates, a name of `gates.GATE_FUNCTIONS`.
         backend: "auto", "triton" or "torch", see `choose_backend`. Triton has no gradient and cannot read states that
             are stored elsewhere: there torch runs, whatever is asked for.
 
     Returns:
-        answers `[B, H, dv]` in the dtype of `online`, and the slots that were read `[B, H, K]`, None for all.
+        answers `[B, H, dv]` in the dtype of `online`, and the slots that were read `[B, H, K]`, -1 where fewer can be;
+        None for all.
+
+    Raises:
+        ValueError: an unknown gate function, or "triton" cannot be had.
     """
     inputs = (q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function)
-    backend = choose_backend(backend, "decode_step", q, *online.shape[-2:], u.shape[-1])
+    widths, missing = (*online.shape[-2:], u.shape[-1]), missing_in_triton(function)
+    backend = choose_backend(backend, "decode_step", q, *widths, missing=missing)
     if backend == "triton" and not needs_gradient(*inputs) and states.device == q.device:
         out, chosen = decode_step_op(*inputs, "triton")
     else:

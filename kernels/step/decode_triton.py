@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..read.gates_triton import finish, triton_name, weigh
 from ..shared.triton import launch, power_of_two
 
 
@@ -85,7 +86,7 @@ def _token_kernel(
     K: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
-    SIGMOID: tl.constexpr,
+    FUNCTION: tl.constexpr,
     SCALED: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
@@ -100,7 +101,7 @@ def _token_kernel(
     b_q = tl.load(q + group * DK + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_online = tl.load(online_logit + group).to(tl.float32)
     p_logits = logits + group * memories
-    # the gates that are needed: their logits, their largest and the sum that a softmax divides by
+    # the gates that are needed: their logits, their largest and the sum that they are divided by
     o_c = tl.arange(0, BK)
     if K > 0:
         if GIVEN:
@@ -112,7 +113,7 @@ def _token_kernel(
             tl.store(chosen + group * K + o_c, b_index.to(tl.int64), mask=m_chosen)
             b_value = tl.where(o_c < K, b_value, float("-inf"))
         b_max = tl.maximum(tl.max(b_value, 0), b_online)
-        b_sum = tl.sum(tl.exp(b_value - b_max), 0) + tl.exp(b_online - b_max)
+        b_sum = tl.sum(weigh(b_value, b_max, FUNCTION), 0)
         first, last = 0, K
     else:
         b_top = tl.full((BN,), float("-inf"), tl.float32)
@@ -123,15 +124,17 @@ def _token_kernel(
         b_total = tl.zeros((BN,), tl.float32)
         for start in range(0, memories, BN):
             o_n = start + tl.arange(0, BN)
-            b_total += tl.exp(tl.load(p_logits + o_n, mask=o_n < memories, other=float("-inf")) - b_max)
-        b_sum = tl.sum(b_total, 0) + tl.exp(b_online - b_max)
+            b_logit = tl.load(p_logits + o_n, mask=o_n < memories, other=float("-inf"))
+            b_total += weigh(b_logit, b_max, FUNCTION)
+        b_sum = tl.sum(b_total, 0)
         first = tl.program_id(2) * part
         last = tl.minimum(first + part, memories)
 
-    b_gate = tl.sigmoid(b_online) if SIGMOID else tl.exp(b_online - b_max) / b_sum
+    b_own = weigh(b_online, b_max, FUNCTION)
+    b_own, b_sum = finish(b_own, b_own + b_sum, FUNCTION)
     m_first = mask & (tl.program_id(2) + tl.arange(0, 1) == 0)[:, None]
     b_state = tl.load(online + group * DK * DV + o_state, mask=m_first, other=0.0).to(tl.float32)
-    b_out = (b_gate * b_q)[:, None] * b_state  # [BDK, BV], summed over keys at the end
+    b_out = (b_own / b_sum * b_q)[:, None] * b_state  # [BDK, BV], summed over keys at the end
     for place in range(first, last):
         if K > 0:  # blocks of one memory, [1]
             b_memory = tl.max(tl.where(o_c == place, b_index, -1), 0, keep_dims=True)
@@ -139,7 +142,7 @@ def _token_kernel(
         else:
             b_memory = place + tl.arange(0, 1)
             b_logit = tl.load(p_logits + b_memory)
-        b_weight = tl.sigmoid(b_logit) if SIGMOID else tl.exp(b_logit - b_max) / b_sum  # [1]
+        b_weight = weigh(b_logit, b_max, FUNCTION) / b_sum  # [1]
         m_read = b_logit > float("-inf")  # what is not read is not fetched, and may hold anything
         slot = (row * memories + tl.maximum(b_memory, 0)) * heads + head
         p_state = states + (slot * DK * DV)[:, None] + o_state
@@ -200,7 +203,7 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
         "K": top_k,
         "BK": power_of_two(top_k, 2),
         "BN": 128,
-        "SIGMOID": function == "sigmoid",
+        "FUNCTION": triton_name(function),
         "SCALED": scale is not None,
         "GIVEN": index is not None,
     }

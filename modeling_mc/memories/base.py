@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...kernels.read.gates import token_gates
+from ...kernels.read.segment import segment_read
+from ...kernels.read.selected import segment_route
 from ...kernels.shared.ops import compute_dtype
-from ...kernels.step.decode import token_gates
 from ..segments import SegmentTable
 
 
@@ -210,6 +212,27 @@ class Memory(nn.Module):
         states = kept.all() if index is None else kept.chosen(index)
         past = torch.einsum("bhs,bshv->bhv", gates, self.read_cached(states, q[:, None]))
         return past + online_gate[..., None] * answer, index
+
+    def token_soup(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
+        """Memory Soup for one token per row, eq. 15 letter by letter: answers of one set of mixed parameters per row.
+        Args: as in `token_read`."""
+        gates, online_gate, _ = token_gates(u, online_logit, summaries, visible, index, top_k, function)
+        mixed = tuple(
+            (gates[..., None] * past.transpose(1, 2).flatten(3)).sum(2).view_as(now)
+            + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
+            for past, now in zip(kept.all(), online, strict=False)
+        )
+        return self.read(mixed, q)
+
+    def map_read(self, index: int, x, u, states, summaries, online_logit, birth, first, function):
+        """The part of finished segments in a soup's linear map number `index`, and the online gate; see
+        `kernels.read.segment`. x: the map's inputs."""
+        gating = (summaries, online_logit, birth, first, function)
+        return segment_read(x, u, states[index], *gating, self.config.mc_backend)
+
+    def route(self, u, summaries, birth, first, top_k):
+        """The finished segments that tokens choose (eq. 16), see `kernels.read.selected`."""
+        return segment_route(u, summaries, birth, first, top_k, self.config.mc_backend)
 
     def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
         """The pointwise function after map number `index` (soup of memories with several maps)."""

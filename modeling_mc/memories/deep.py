@@ -116,7 +116,7 @@ class DeepTrace(Trace):
         return self.layout.join([deep_write(part, *call, **kind)[0] for part, call in parts])
 
 
-class HeadNorm(nn.Module):
+class HeadLayerNorm(nn.Module):
     """Scale and shift `[H, d]` of a layer norm per head. A call gives them: it fetches weights that are offloaded."""
 
     def __init__(self, num_heads: int, width: int) -> None:
@@ -157,7 +157,7 @@ class DeepMemory(Memory):
         start = partial(init.normal_, std=self.key_dim**-0.5)
         self.initial_state_0 = Bias((self.num_heads, self.key_dim, hidden), start)
         self.initial_state_1 = Bias((self.num_heads, hidden, self.value_dim), start)
-        self.head_norm = HeadNorm(self.num_heads, self.value_dim) if config.memory_head_norm else None
+        self.head_norm = HeadLayerNorm(self.num_heads, self.value_dim) if config.memory_head_norm else None
 
     @classmethod
     def check(cls, config) -> None:

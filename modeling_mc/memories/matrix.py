@@ -48,6 +48,11 @@ class MatrixMemory(Memory):
         gating = (summaries, visible, index, top_k, function)
         return decode_step(q, u, online[0], online_logit, *kept.stored(0), *gating, self.config.mc_backend)
 
+    def token_soup(self, q, u, online, online_logit, kept, *gating):
+        if self.config.mc_backend == "reference":
+            return super().token_soup(q, u, online, online_logit, kept, *gating)
+        return self.token_read(q, u, online, online_logit, kept, *gating)[0]  # of linear maps, soup is GRM
+
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
         # the caches are summed before they are read (eq. 13): one matrix per grid segment
         (matrix,) = states

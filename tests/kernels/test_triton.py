@@ -343,10 +343,7 @@ def test_decode_step(case, stored, poison):
     assert out.dtype == torch.float32 and rms_ratio(out, expected) < 1e-5
     if known is None:
         assert chosen is None
-    else:  # slots beyond what can be read are -1 here, any hidden one there
-        readable = inputs[7][:, None].expand(-1, known.shape[1], -1).gather(-1, known)
-        if not TOKENS[case].get("given"):
-            chosen, known = chosen.where(chosen >= 0, 999), known.where(readable, 999)
+    else:
         assert torch.equal(chosen.sort(-1).values, known.sort(-1).values)
 
 

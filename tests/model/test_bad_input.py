@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from helpers import MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
+from helpers import GATE_NAMES, MEMORY_NAMES, SMALL, VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM, MCForSequenceClassification
 from mc_transformers.configuration_mc import CHOICES, POSITIVE
 from mc_transformers.modeling_mc.compat import CACHE_NAME
@@ -40,6 +40,12 @@ def test_a_memory_that_does_not_exist():
     text = refused("memory", "nonsense")
     assert all(repr(name) in text for name in MEMORY_NAMES)
     refused("memory", 1)
+
+
+def test_a_gate_function_that_does_not_exist():
+    for value in ("nonsense", "one"):  # the second one is no choice of a config
+        assert all(repr(name) in refused("gate_function", value) for name in GATE_NAMES)
+    refused("gate_function", 1)
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, "4", [4]])

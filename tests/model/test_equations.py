@@ -5,7 +5,18 @@ import itertools
 import pytest
 import torch
 
-from helpers import MEMORY_NAMES, accepts, assert_close, build, combinations, family, name_of, small_config, tokens
+from helpers import (
+    GATE_NAMES,
+    MEMORY_NAMES,
+    accepts,
+    assert_close,
+    build,
+    combinations,
+    family,
+    name_of,
+    small_config,
+    tokens,
+)
 from mc_transformers.configuration_mc import CHOICES
 
 
@@ -66,7 +77,7 @@ GATES = combinations(
     memory=["linear"],
     aggregation=["grm", "ssc"],
     gate_source=CHOICES["gate_source"],
-    gate_function=CHOICES["gate_function"],
+    gate_function=GATE_NAMES,
     segment_summary=CHOICES["segment_summary"],
     summaries_per_segment=[1, 2],
     segmentation=CHOICES["segmentation"],

@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
-from helpers import MEMORY_NAMES, VOCAB, accepts, assert_close, build, family, name_of, small_config, tokens
+from helpers import (
+    GATE_NAMES,
+    MEMORY_NAMES,
+    VOCAB,
+    accepts,
+    assert_close,
+    build,
+    family,
+    name_of,
+    small_config,
+    tokens,
+)
 from mc_transformers import MCCache, MCModel
 from mc_transformers.configuration_mc import CHOICES
 
@@ -246,6 +257,7 @@ def test_gradients_are_causal(fields):
 # ---------------------------------------------------------------------------------------------- anything at random
 FIELDS = {field: st.sampled_from(CHOICES[field]) for field in CHOICES if field != "mc_backend"} | {
     "memory": st.sampled_from(MEMORY_NAMES),
+    "gate_function": st.sampled_from(GATE_NAMES),
     "summaries_per_segment": st.integers(1, 4),
     "num_selected_segments": st.integers(1, 4),
     "max_cached_segments": st.sampled_from([None, None, 1, 2, 3]),
