@@ -144,7 +144,29 @@ def logits_of_chosen(u: torch.Tensor, summaries: torch.Tensor, index: torch.Tens
     return logits.masked_fill(index < 0, HIDDEN)
 
 
-# ------------------------------------------------------------------------------------------------------ some tokens
+# ---------------------------------------------------------------------------------------------- gates of all memories
+def grid_gates(
+    u: torch.Tensor,
+    summaries: torch.Tensor,
+    online_logit: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    function: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates of past memories `[R, N, W, H, S]` and of the online one `[R, N, W, H]` of a segment grid, all at once.
+
+    Args: as in `segment_read`.
+
+    Raises:
+        ValueError: no gate function has that name.
+    """
+    num, width = u.shape[1:3]
+    logits, _ = gate_logits(u.to(summaries.dtype).movedim(3, 1).flatten(2, 3), summaries.transpose(1, 2))
+    logits = logits.unflatten(2, (num, width)).movedim(1, 3)
+    hidden = hidden_memories(birth, first, slice(0, num), birth.shape[1])[:, :, None, None]
+    return apply_gates(logits.masked_fill(hidden, HIDDEN), online_logit, function)
+
+
 def content_gates(
     u: torch.Tensor,
     online_logit: torch.Tensor,

@@ -74,7 +74,8 @@ class Memory(nn.Module):
 
     It **may** have: `gate_shape` (gates per channel); `gate_names_for`, `fp32_parameters_for` (what depends on the
     config); `check` (what the config may not say); `init_weights`; `align`; `read_cached`, with `own_gates`;
-    `token_read` (a faster read of one token); for `soup`, `between` and `finish` (`num_maps` > 1) or `soup_read` (0).
+    `token_read` and `token_soup` (a faster read of one token); for `soup`, `between` and `finish` (`num_maps` > 1) or
+    `soup_read` (0).
 
     Its **flags** are class attributes:
         gate_names: which of the mixer's gate projections the rule takes: "a" decay, "b" momentum or second write

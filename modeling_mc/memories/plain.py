@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.read.gates import grid_gates
 from ...kernels.shared.ops import compute_dtype
-from ...kernels.step.decode import gates_of
 from ..segments import SegmentTable, rows_where
 from .base import Memory, State, Trace
 
@@ -55,20 +55,12 @@ class PlainMemory(Memory):
         """What all S memories answer to all queries, `[R, N, W, S, H, dv]`."""
         return self.read_cached(tuple(x[:, None, None] for x in states), q[:, :, :, None])
 
-    @staticmethod
-    def _gates(u, summaries, online_logit, birth, first, function) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates `[R, N, W, H, S]` of the kept memories and `[R, N, W, H]` of the online one (eq. 9, 10)."""
-        logits = torch.einsum("rnwhd,rshmd->rnwhsm", u.to(summaries.dtype), summaries).amax(-1)
-        rank, slot = (torch.arange(size, device=u.device) for size in (u.shape[1], birth.shape[1]))
-        hidden = (birth[:, None] > rank[:, None]) | (slot < first[..., None])
-        return gates_of(logits.masked_fill(hidden[:, :, None, None], float("-inf")), online_logit, function)
-
     def gated_read(self, q, u, states, *gating):
-        past, online = self._gates(u, *gating)
+        past, online = grid_gates(u, *gating)
         return torch.einsum("rnwhs,rnwshv->rnwhv", past, self._answers(states, q)).to(q.dtype), online
 
     def soup_read(self, q, u, online, states, *gating):
-        past, now = self._gates(u, *gating)
+        past, now = grid_gates(u, *gating)
         mixed = tuple(
             torch.einsum("rnwhs,rshx->rnwhx", past, kept.flatten(3)).view_as(one)
             + now.view(*now.shape, *[1] * (one.dim() - 4)) * one
