@@ -1,5 +1,5 @@
-# make demo | make test | make docs | make test-oldest | make support | make lint | make clean. The first call builds .venv; later
-# calls reuse it.
+# make demo | make test | make docs | make test-oldest | make lint | make clean. The first call builds .venv; later calls
+# reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TRAIN_STAMP := $(VENV)/.stamp-train
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: demo test test-oldest docs support lint clean
+.PHONY: demo test test-oldest docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -27,12 +27,6 @@ test-oldest: $(OLDEST_STAMP)
 # the documentation site, in build/site: a warning is an error
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-# the support table of README.md, from the tests that ran
-support: $(TEST_STAMP)
-	$(BIN)/python -m pytest -n 2 tests --junitxml=outputs/tests.xml
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_triton*.py --junitxml=outputs/triton.xml
-	$(BIN)/python docs/support.py outputs/tests.xml outputs/triton.xml README.md
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
@@ -68,5 +62,5 @@ $(OLDEST_STAMP): setup.py pyproject.toml
 
 # what was trained into other folders of outputs/ stays
 clean:
-	rm -rf build dist *.egg-info outputs/demo outputs/*.xml .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis tests/.hypothesis
+	rm -rf build dist *.egg-info outputs/demo .pytest_cache tests/.pytest_cache .ruff_cache .hypothesis tests/.hypothesis
 	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -158,7 +158,14 @@ def check_pip(words: list[str]) -> None:
         assert f'"{extra}": {extra.upper()}' in setup, f"setup.py has no extra {extra}"
 
 
+def check_clone(words: list[str]) -> None:
+    """The address is left to the reader."""
+    assert words[0] == "clone" and " ".join(words[1:]).startswith("<address of this repository>")
+
+
 CHECKS = {
+    "git": check_clone,
+    "cd": lambda words: None,
     "python": check_program,
     "mc-transformers": check_cli,
     "make": check_make,
@@ -233,6 +240,15 @@ def test_readme_names_both_commands() -> None:
     for command in ("demo", "test"):
         assert f"make {command}" in text and f"\n{command}:" in makefile
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").strip().endswith("make test")
+
+
+def test_readme_counts_the_parameters_of_presets() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = re.findall(r'`"(mc-[\w.]+)"`', text)
+    (counts,) = re.findall(r"^\| parameters.*?((?:\| \d+M )+)\|$", text, re.MULTILINE)
+    with torch.device("meta"):
+        sizes = [mc.MCForCausalLM(mc.MCConfig.from_preset(name)).num_parameters() for name in names]
+    assert len(names) == 4 and re.findall(r"\d+", counts) == [f"{size / 1e6:.0f}" for size in sizes]
 
 
 def test_navigation_has_every_page() -> None:
