@@ -14,6 +14,7 @@ from .configuration_mc import MCConfig
 from .hub import models as _hub
 from .modeling_mc.cache import MCCache
 from .modeling_mc.cache_layer import MCCacheLayer
+from .modeling_mc.layer import MemoryCaching, make_cache
 from .modeling_mc.model import (
     MC_LORA_TARGETS,
     MCForCausalLM,
@@ -51,6 +52,8 @@ __all__ = [
     "MCForTokenClassification",
     "MCModel",
     "MCPreTrainedModel",
+    "MemoryCaching",
     "byte_tokenizer",
+    "make_cache",
     "warmup",
 ]
