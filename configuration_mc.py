@@ -114,7 +114,7 @@ class MCConfig(PreTrainedConfig):
         attention_dropout (`float`, defaults to `0.0`): dropout of attention weights.
         mlp_bias (`bool`, defaults to `False`): biases in the MLP.
         memory (`str`, defaults to `"linear"`): the write rule: "linear", "retention", "gated_linear", "swla",
-            "gated_delta", "dla", "titans", "lstm" or "gru".
+            "gated_delta", "rwkv7", "dla", "titans", "lstm" or "gru".
         aggregation (`str`, defaults to `"grm"`): the read rule: "none" (plain RNN: one endless segment, `state_init`
             is ignored), "residual" (eq. 7), "grm" (eq. 9), "soup" (eq. 15), "ssc" (eq. 17) or "mean" (post-training
             caching).

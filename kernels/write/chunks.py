@@ -14,16 +14,17 @@ CHUNK = 64  # slots per sub-chunk: the score matrix of a sub-chunk is CHUNK x CH
 
 
 class Chunks:
-    """The grid `[R, N, W, H, d]` cut into `[R, H, M, C, d]`, M = N * P sub-chunks of C slots, and the scans over them.
+    """The grid `[R, N, W, H, d]` cut into `[R, H, M, C, d]`, M = N * P sub-chunks of C slots (at most `size`), and the
+    scans over them.
 
     A scan goes through the P sub-chunks of all segments at once when segments are independent, and through all M
     sub-chunks when each segment starts from the last state (`carry`), except at `starts` `[R, N]`, where it is zero.
     """
 
-    def __init__(self, grid: torch.Tensor, starts: torch.Tensor | None, carry: bool) -> None:
+    def __init__(self, grid: torch.Tensor, starts: torch.Tensor | None, carry: bool, size: int = CHUNK) -> None:
         self.num_segments, self.width = grid.shape[1:3]
         self.starts = starts
-        self.size = min(CHUNK, self.width)
+        self.size = min(size, self.width)
         self.per_segment = -(-self.width // self.size)
         self.padding = self.per_segment * self.size - self.width
         self.num = self.num_segments * self.per_segment

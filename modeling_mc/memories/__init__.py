@@ -9,6 +9,7 @@ from .gru import GRUMemory
 from .linear import LinearMemory
 from .lstm import LSTMMemory
 from .retention import RetentionMemory
+from .rwkv7 import RWKV7Memory
 from .swla import SWLAMemory
 from .titans import TitansMemory
 
@@ -19,6 +20,7 @@ MEMORIES: dict[str, type[Memory]] = {
     "gated_linear": GatedLinearMemory,
     "swla": SWLAMemory,
     "gated_delta": GatedDeltaMemory,
+    "rwkv7": RWKV7Memory,
     "lstm": LSTMMemory,
     "gru": GRUMemory,
     "dla": DLAMemory,

@@ -114,7 +114,7 @@ def test_initialisation(memory):
     config = small_config(memory, num_hidden_layers=2)
     model = MCForCausalLM(config)
     for name, parameter in model.named_parameters():
-        assert parameter.isfinite().all() and parameter.abs().max() < 5, name
+        assert parameter.isfinite().all() and parameter.abs().max() < 7, name
     with torch.device("meta"):
         empty = MCForCausalLM(config)
     empty = empty.to_empty(device="cpu")
