@@ -13,59 +13,6 @@ from ..kernels.read.gates import CONSTANT, apply_gates, content_gates, logits_of
 from .cache_layer import Kept
 from .history import Caches
 from .memories import Memory, State, Trace
-from .segments import SegmentTable
-
-
-class Summary:
-    """Running segment descriptor: per head, the mean of the keys of each of m equal sub-blocks of a segment."""
-
-    def __init__(self, segment_size: int, num_blocks: int) -> None:
-        self.segment_size, self.num_blocks = segment_size, num_blocks
-        self.block = segment_size // num_blocks
-
-    def counts(self, offset: torch.Tensor) -> torch.Tensor:
-        """`[..., m]` tokens in every sub-block once the token at `offset` is written."""
-        begin = torch.arange(self.num_blocks, device=offset.device) * self.block
-        return (offset[..., None] + 1 - begin).clamp(0, self.block)
-
-    def _best(self, products: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Largest `<u, mean>` over the sub-blocks that have begun; products `[..., H, m]`, counts `[..., 1, m]`."""
-        return (products / counts.clamp(min=1)).masked_fill(counts == 0, float("-inf")).amax(-1)
-
-    def grid(
-        self, u: torch.Tensor, source: torch.Tensor, table: SegmentTable, sums: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Online logits of a grid and the sums after every grid segment.
-
-        Args:
-            u: `[R, N, W, H, du]`. source: `[R, N, W, H, du]` fp32, zero where there is no token.
-            sums: `[R, H, m, du]`, of the segment that the first grid segment resumes, or None.
-
-        Returns:
-            `[R, N, W, H]` and `[R, N, H, m, du]`.
-        """
-        block = table.offset // self.block
-        totals, products = [], []
-        for index in range(self.num_blocks):
-            part = source if self.num_blocks == 1 else source * (block == index)[..., None, None]
-            total = part.cumsum(2)
-            if sums is not None:
-                resumed = (torch.arange(table.num_segments, device=u.device) == 0).to(total.dtype)
-                total = total + resumed[:, None, None, None] * sums[:, None, None, :, index]
-            products.append((u.to(total.dtype) * total).sum(-1))
-            totals.append(total[:, :, -1])
-        logits = self._best(torch.stack(products, -1), self.counts(table.offset)[..., None, :])
-        return logits, torch.stack(totals, 3)
-
-    def token(self, u: torch.Tensor, sums: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Online logit `[B, H]` from sums `[B, H, m, du]` that already hold the token at `offset` `[B]`."""
-        return self._best((u[..., None, :].to(sums.dtype) * sums).sum(-1), self.counts(offset)[:, None])
-
-    def add(self, sums: torch.Tensor, source: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Sums `[B, H, m, du]` with one more token `[B, H, du]` at `offset` `[B]`; a new segment starts from zero."""
-        kept = torch.where((offset == 0)[:, None, None, None], 0, sums)
-        here = torch.arange(self.num_blocks, device=offset.device) == (offset // self.block)[:, None]
-        return kept + here[:, None, :, None].to(sums.dtype) * source[:, :, None].to(sums.dtype)
 
 
 class Aggregation:

@@ -10,8 +10,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mc import LAYER_TYPE
+from .borders import Borders
 from .cache_layer import Kept, MCCacheLayer, is_memory_layer, own_layer
 from .memory_file import fingerprints, read, write
+from .summary import Summary
 
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -258,30 +260,26 @@ class MCCache(DynamicCache):
             parts = [cache.layers[index] for cache in caches]
             for part in parts:
                 part.check(parts[0].signature, 1)
-            _join(layer, parts, config.segment_size, config.summaries_per_segment)
+            _join(layer, parts, Borders.of(config), config.summaries_per_segment)
         joined.filled_by = ModelRef(getattr(model, model.base_model_prefix, model))
         return joined
 
 
-def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], segment_size: int, num_blocks: int) -> None:
+def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], borders: Borders, num_blocks: int) -> None:
     """Fill `layer` with the segments of `parts`, the unfinished ones of all but the last counted as finished."""
-    block = segment_size // num_blocks
     rows: dict[str, list[torch.Tensor]] = {}
     for number, part in enumerate(parts):
-        finished, rest = divmod(int(part.position), segment_size)
+        finished, rest = borders.finished(int(part.position)), borders.offset(int(part.position))
         states = Kept(part).all()
         found = {f"kept.{i}": state[:, :finished] for i, state in enumerate(states)}
         if "summaries" in part.tensors:
             found["summaries"] = part.tensors["summaries"][:, :finished]
         if rest and number < len(parts) - 1:
-            begin = torch.arange(num_blocks, device=part.position.device) * block
-            count = (rest - begin).clamp(1, block).view(-1, 1)
             for i in range(len(states)):
                 found[f"kept.{i}"] = torch.cat([found[f"kept.{i}"], part.tensors[f"state.{i}"]], 1)
             if "summaries" in found:
-                mean = part.tensors["sums"] / count
-                # a sub-block without a token repeats the first one, so that it never wins the segment's score
-                mean = torch.where((rest > begin).view(-1, 1), mean, mean[..., :1, :])
+                count = borders.offset(part.position)[:, None]
+                mean = Summary(borders, num_blocks).mean(part.tensors["sums"], count)
                 found["summaries"] = torch.cat([found["summaries"], mean], 1)
         for name, tensor in found.items():
             rows.setdefault(name, []).append(tensor)
@@ -291,7 +289,7 @@ def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], segment_size: int, num
     for name, tensors in rows.items():  # where they are computed, which need not be where `last` keeps them
         layer.put(name, torch.cat([*tensors, tensors[-1].new_zeros(1, 1, *tensors[-1].shape[2:])], 1))
     finished = layer.tensors["kept.0"].shape[1] - 1
-    position = finished * segment_size + int(last.position) % segment_size
+    position = borders.start(finished) + borders.offset(int(last.position))
     layer.put("position", torch.full_like(last.position, position))
     layer.lazy_initialization(last.tensors["state.0"])
     layer.num_tokens = position

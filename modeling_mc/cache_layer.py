@@ -12,6 +12,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 from ..configuration_mc import LAYER_TYPE
 from ..kernels.step.decode import fetch
 from ..kernels.step.slot import slot_write
+from .borders import Borders
 from .memories import State
 
 
@@ -246,7 +247,7 @@ class MCCacheLayer(CacheLayerMixin):
         """Memories of finished segments that the longest row can read."""
         if not self.group("kept"):
             return 0
-        finished = int(self.position.max()) // self.signature["segment_size"]
+        finished = Borders(self.signature["segment_size"]).finished(int(self.position.max()))
         if self.signature["segmentation"] == "logarithmic":
             return finished.bit_count()
         return min(finished, self.signature["max_cached_segments"] or finished)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
+from .borders import Borders
 from .shards import Shards
 
 
@@ -72,7 +73,7 @@ def check_shards(config: MCConfig, num_tokens: int, **given) -> None:
     for name, value in given.items():
         if value is not None and value is not False:
             raise ValueError(f"context_parallel: `{name}` is not possible when ranks share a sequence, leave it out")
-    if num_tokens % config.segment_size:
+    if Borders.of(config).offset(num_tokens):
         raise ValueError(
             f"context_parallel: {num_tokens} tokens on this rank, allowed: a multiple of "
             f"segment_size={config.segment_size} (`shard_batch` cuts a batch so)"
@@ -100,7 +101,8 @@ def shard_batch(batch: dict, config: MCConfig, group: "dist.ProcessGroup | None"
         raise ValueError("shard_batch: `attention_mask` has padding before a token, allowed: only at the end of a row")
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     ids, labels = batch["input_ids"], batch.get("labels")
-    run = -(-ids.shape[1] // (size * config.segment_size)) * config.segment_size
+    borders = Borders.of(config)
+    run = borders.start(borders.coarser(size).most_begun(ids.shape[1]))
     mine = slice(rank * run, (rank + 1) * run)
 
     def cut(x: torch.Tensor, fill: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 """Logarithmic segmentation: the finished segments of every prefix, grouped as a Fenwick tree groups them.
 
 A token that has s finished segments behind it reads, for every bit l that is set in s, the last finished segment of
-level l, which is 2^l * segment_size tokens long: 37 segments are read as 32 + 4 + 1, largest first. So one slot per
+level l, which is 2^l segments of the model long: 37 segments are read as 32 + 4 + 1, largest first. So one slot per
 level is enough, and one running memory per level, the highest of which has not finished a segment yet.
 """
 
 import torch
 
+from .borders import Borders
 from .cache_layer import Kept, MCCacheLayer
 from .history import NEVER, Caches, GatesReceived, History, Level
 from .segments import rows_where
@@ -17,7 +18,7 @@ class FenwickHistory(History):
     """Slot l holds the last finished segment of level l."""
 
     def num_levels(self, num_tokens: int, running: bool) -> int:
-        finished = (num_tokens if running else num_tokens - 1) // self.segment_size
+        finished = self.borders.most_finished(num_tokens if running else num_tokens - 1)
         return max(1, finished.bit_length() + running)
 
     def num_slots(self, num_tokens: int) -> int:
@@ -37,9 +38,8 @@ class FenwickHistory(History):
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         """One row of L level slots (and one that nobody reads) per grid segment: `[R * N, L + 1, H, ...]`."""
         table, num = levels[0].table, len(levels)
-        rank = torch.arange(table.num_segments, device=table.first.device)
-        row = torch.arange(len(table.position), device=rank.device)[:, None]
-        finished = table.finished_before[:, None] + rank - table.first  # [R, N] segments before, of the same sequence
+        finished = table.number  # [R, N] segments before, of the same sequence
+        row = torch.arange(len(finished), device=finished.device)[:, None]
         kept = [] if layer is None else [*Kept(layer).all(), layer.tensors.get("summaries")]
         slots: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
@@ -47,16 +47,13 @@ class FenwickHistory(History):
             # the last finished segment of this level, counted in this level's grid; -1: it is from before
             index = (finished >> bit) - 1 - level.table.finished_before[:, None]
             local = (first + index.clamp(min=0)).clamp(max=level.table.num_segments - 1)
-            parts = list(level.ends[: self.memory.num_read])
-            if level.sums is not None:
-                parts.append(self.mean(level.sums, bit))
-            parts = [part[row, local] for part in parts]  # [R, N, H, ...]
+            parts = [part[row, local] for part in level.finished(self.memory.num_read)]  # [R, N, H, ...]
             if kept:
                 parts = [rows_where(index < 0, old[:, None, bit], new) for old, new in zip(kept, parts, strict=False)]
             slots.append(parts)
         columns = zip(*slots, strict=True)
         stacked = [torch.stack([*column, torch.zeros_like(column[0])], 2).flatten(0, 1) for column in columns]
-        bits = torch.arange(num, device=rank.device)
+        bits = torch.arange(num, device=finished.device)
         birth = torch.where((finished[..., None] >> bits) & 1 == 1, 0, NEVER).flatten(0, 1)
         birth = torch.nn.functional.pad(birth, (0, 1), value=NEVER)
         summaries = stacked.pop() if levels[0].sums is not None else None
@@ -67,17 +64,15 @@ class FenwickHistory(History):
         finished: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             new = level.table.running_index() - 1  # last segment of this level that this grid has finished
-            parts = [end[row, new.clamp(min=0)] for end in level.ends[: self.memory.num_read]]
-            if level.sums is not None:
-                parts.append(self.mean(level.sums[row, new.clamp(min=0)], bit))
+            parts = [part[row, new.clamp(min=0)] for part in level.finished(self.memory.num_read)]
             if kept:
                 parts = [rows_where(new < 0, old[:, bit], part) for old, part in zip(kept, parts, strict=False)]
             finished.append(parts)
         for name, parts in zip(self._names(), zip(*finished, strict=True), strict=False):
             layer.put(name, torch.stack(parts, 1))
 
-    def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
-        return (layer.position // self.segment_size)[:, None] >> slot & 1 == 1
+    def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
+        return borders.finished(layer.position)[:, None] >> slot & 1 == 1
 
-    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
+    def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         return torch.arange(full.shape[1], device=full.device).expand_as(full)

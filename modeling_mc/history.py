@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """What is kept of finished segments, and who may read it.
 
-Segments are written on levels: level l has segments of 2^l * segment_size tokens, each with a memory of its own. With
+Segments are written on levels: level l has segments 2^l times as long as level 0, each with a memory of its own. With
 constant segmentation there is level 0 alone; logarithmic segmentation (fenwick.py) has several. Which finished
 segments stay readable when their number is bounded is decided here ("oldest") and in least_read.py.
 """
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.step.slot import slot_write
+from .borders import Borders
 from .cache_layer import Kept, MCCacheLayer
 from .memories import Memory, State
 from .segments import SegmentTable, rows_where
 from .shards import Shards
+from .summary import Summary
 
 
 NEVER = 2**30  # birth of a slot that may not be read
@@ -55,6 +57,18 @@ class Level:
     ends: State
     sums: torch.Tensor | None
 
+    def mean(self) -> torch.Tensor | None:
+        """Descriptors `[R, N, H, m, du]` of the segments that are finished; of others they mean nothing."""
+        if self.sums is None:
+            return None
+        borders = self.table.borders
+        return Summary(borders, self.sums.shape[-2]).mean(self.sums, borders.count(self.table.number))
+
+    def finished(self, num_read: int) -> list[torch.Tensor]:
+        """What is kept of finished segments: `num_read` tensors of their states, and descriptors if there are any."""
+        mean = self.mean()
+        return [*self.ends[:num_read], *([] if mean is None else [mean])]
+
 
 class History:
     """Keeps the finished segments of a memory layer; constant segmentation, the oldest leave a full cache.
@@ -67,7 +81,7 @@ class History:
     needs_gates = False
 
     def __init__(self, config, memory: Memory, carry: bool) -> None:
-        self.memory, self.carry, self.segment_size = memory, carry, config.segment_size
+        self.memory, self.carry, self.borders = memory, carry, Borders.of(config)
         self.keeps = config.aggregation != "none"
         self.num_blocks = config.summaries_per_segment
         self.max_segments: int | None = config.max_cached_segments
@@ -79,7 +93,7 @@ class History:
 
     def num_slots(self, num_tokens: int) -> int:
         """Slots for finished segments of at most `num_tokens`; at least one, so that no tensor is ever empty."""
-        needed = max(1, num_tokens // self.segment_size)
+        needed = max(1, self.borders.most_finished(num_tokens))
         return needed if self.max_segments is None else min(needed, self.max_segments)
 
     def check_room(self, layer: MCCacheLayer, num_tokens: int) -> None:
@@ -96,10 +110,6 @@ class History:
                 f"`cache` has room for the segments of {room} tokens (`max_cache_len`), and {total} would "
                 "be read: make a larger one"
             )
-
-    def mean(self, sums: torch.Tensor, level: int = 0) -> torch.Tensor:
-        """Descriptors of complete segments of a level from their sums."""
-        return sums * (self.num_blocks / (self.segment_size << level))
 
     def begin(self, layer: MCCacheLayer, rows: int, sums_shape: tuple | None, device, dtype) -> None:
         """Fill an empty cache layer: nothing written, one level, one (empty) slot."""
@@ -142,8 +152,7 @@ class History:
     def _memories(self, level: Level, layer: MCCacheLayer | None, in_order: bool):
         """States and summaries of kept segments (oldest first if `in_order`), then of the grid's; and which slots
         `[R, S]` of the kept ones are taken."""
-        states = level.ends[: self.memory.num_read]
-        summaries = None if level.sums is None else self.mean(level.sums)
+        states, summaries = level.ends[: self.memory.num_read], level.mean()
         if layer is None:
             if level.table.shards is not None:
                 states, summaries = self._with_earlier_ranks(level.table.shards, states, summaries)
@@ -201,36 +210,40 @@ class History:
                 layer.put(name, part[row[:, None], place])
 
     # ---------------------------------------------------------------------------------------------- one token
-    def kept(self, layer: MCCacheLayer) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
+    def kept(self, layer: MCCacheLayer, borders: Borders) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
         """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
         kept = Kept(layer)
         slot = torch.arange(kept.num_slots, device=layer.position.device)
-        return kept, layer.tensors.get("summaries"), self._readable(layer, slot)
+        return kept, layer.tensors.get("summaries"), self._readable(layer, borders, slot)
 
-    def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
-        return slot < (layer.position // self.segment_size)[:, None]
+    def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
+        return slot < borders.finished(layer.position)[:, None]
 
     def push(
         self,
         layer: MCCacheLayer,
+        borders: Borders,
         states: State,
         sums: torch.Tensor | None,
         real: torch.Tensor | None,
         gates: torch.Tensor | None = None,
     ) -> None:
         """Take over states `[B, L, H, ...]` and sums of all levels that hold one more token of the rows `real` `[B]`,
-        and move the ones that are complete to the finished segments. gates `[B, H, S]`: what past ones received."""
+        and move the ones that are complete to the finished segments.
+
+        Args:
+            borders: of all levels. gates: `[B, H, S]`, what past segments received.
+        """
         position, backend = layer.position, self.memory.config.mc_backend
-        level = torch.arange(states[0].shape[1], device=position.device)
-        full = (position[:, None] + 1) % (self.segment_size << level) == 0  # [B, L]
+        full = borders.full(position[:, None])  # [B, L]
         if real is not None:
             full = full & real[:, None]
         if self.keeps:
-            slot = self._finish(layer, full, real, gates)
+            segment = borders.finished(position[:, None])
+            slot = self._finish(layer, borders, segment, full, real, gates)
             done = list(zip(self._names(), states[: self.memory.num_read], strict=False))
             if sums is not None:
-                blocks = ((self.segment_size << level) / self.num_blocks).to(sums.dtype)
-                done.append(("summaries", sums / blocks.view(-1, *[1] * (sums.dim() - 2))))
+                done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(segment))))
             for name, value in done:
                 layer.store(name, value, slot, full, backend)
         running = {f"state.{i}": state for i, state in enumerate(states)}
@@ -247,7 +260,6 @@ class History:
             layer.put(name, after)
         layer.put("position", position + (1 if real is None else real))
 
-    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
-        """Slots `[B, L]` that states of all levels take where they are `full` `[B, L]`."""
-        slot = layer.position // self.segment_size % layer.tensors["kept.0"].shape[1]
-        return slot[:, None]
+    def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
+        """Slots `[B, L]` that segments number `segment` `[B, L]` of all levels take where they are `full` `[B, L]`."""
+        return segment % layer.tensors["kept.0"].shape[1]

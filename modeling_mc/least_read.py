@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .borders import Borders
 from .cache_layer import MCCacheLayer
 from .history import NEVER, Caches, GatesReceived, History, Level
 from .segments import rows_where
@@ -26,9 +27,9 @@ class Occupants:
     def __init__(self, segment: torch.Tensor, received: torch.Tensor) -> None:
         self.segment, self.received = segment, received
 
-    def victim(self, position: torch.Tensor, segment_size: int) -> torch.Tensor:
+    def victim(self, position: torch.Tensor, borders: Borders) -> torch.Tensor:
         """`[R]` the slot that the next finished segment takes, for rows that have written `position` `[R]` tokens."""
-        age = position[:, None] - (self.segment + 1) * segment_size
+        age = position[:, None] - borders.start(self.segment + 1)
         mean = (self.received / age.clamp(min=1)).masked_fill(self.segment < 0, -1.0)
         least = mean == mean.amin(1, keepdim=True)
         return self.segment.masked_fill(~least, NEVER).argmin(1)
@@ -76,7 +77,7 @@ class LeastReadHistory(History):
         layer.put("received", who.received)
 
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
-        table = levels[0].table
+        table, number, finishes = levels[0].table, levels[0].table.number, levels[0].table.finishes()
         states, summaries, known = self._memories(levels[0], layer, in_order=False)
         rows, old = known.shape
         device = known.device
@@ -94,10 +95,8 @@ class LeastReadHistory(History):
             with torch.no_grad():
                 near = None if summaries is None else summaries[row, place]
                 who.read(gates_received(rank, near, taken), table.valid[:, rank])
-                number = table.finished_before + rank - table.first[:, rank]
-                end = (number + 1) * self.segment_size
-                full = (table.valid[:, rank] & (table.offset[:, rank] == self.segment_size - 1)).any(1)
-                changed = who.replace(who.victim(end, self.segment_size), number, full)
+                slot = who.victim(table.borders.start(number[:, rank] + 1), table.borders)
+                changed = who.replace(slot, number[:, rank], finishes[:, rank])
             place = torch.where(changed, old + rank, place)
         index = torch.stack(places, 1)  # [R, N, S]
         index = torch.nn.functional.pad(index, (0, 1))
@@ -113,13 +112,13 @@ class LeastReadHistory(History):
                 layer.put(name, part)
         self._leave_occupants(caches.who, layer)
 
-    def _readable(self, layer: MCCacheLayer, slot: torch.Tensor) -> torch.Tensor:
+    def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
         return layer.tensors["segment"] >= 0
 
-    def _finish(self, layer: MCCacheLayer, full: torch.Tensor, real: torch.Tensor | None, gates) -> torch.Tensor:
+    def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         who = self._occupants(layer, len(full), full.device)
         who.read(gates[:, None], torch.ones_like(full) if real is None else real[:, None])
-        slot = who.victim(layer.position + 1, self.segment_size)
-        who.replace(slot, layer.position // self.segment_size, full[:, 0])
+        slot = who.victim(layer.position + 1, borders)
+        who.replace(slot, segment[:, 0], full[:, 0])
         self._leave_occupants(who, layer)
         return slot[:, None]

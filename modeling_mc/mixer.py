@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 
 from ..configuration_mc import MCConfig
 from ..kernels.shared.ops import autocast_off, compute_dtype
-from .aggregation import Aggregation, Summary
+from .aggregation import Aggregation
 from .attention import rotate
+from .borders import Borders
 from .cache_layer import MCCacheLayer, memory_layer
 from .fenwick import FenwickHistory
 from .history import History, Level
@@ -22,6 +23,7 @@ from .least_read import LeastReadHistory
 from .memories import MEMORIES, Bias, Memory
 from .norms import make_output_norm, unit
 from .segments import SegmentTable
+from .summary import Summary
 
 
 # a cache is refused by a model that differs from the one that filled it in any of these
@@ -89,7 +91,6 @@ class MCMixer(nn.Module):
         self.memory = MEMORIES[config.memory](config)
         self.value_dim = self.memory.value_dim
         self.aggregation = Aggregation(config, self.memory)
-        self.summary = Summary(config.segment_size, config.summaries_per_segment)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, self.memory, self.carry)
         width, keys, values = config.hidden_size, self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
@@ -196,7 +197,7 @@ class MCMixer(nn.Module):
             sums = None
             if parts.u is not None:
                 source = k if parts.source is parts.k else coarse.clear(coarse.to_grid(parts.source))
-                summary = Summary(coarse.segment_size, self.config.summaries_per_segment)
+                summary = Summary(coarse.borders, self.config.summaries_per_segment)
                 earlier = before and before.tensors["sums"][:, bit]
                 online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
                 logit = online if logit is None else logit
@@ -222,17 +223,18 @@ class MCMixer(nn.Module):
             )
         self.history.grow(layer, table.num_tokens)
         out = [
-            self._token(parts.at(t), None if table.order is None else t < table.length, layer, table.routes, begin + t)
+            self._token(parts.at(t), None if table.order is None else t < table.length, layer, table, begin + t)
             for t in range(table.num_tokens)
         ]
         return torch.stack(out, 1)
 
     def _token(
-        self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, routes: dict, time: int
+        self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, table: SegmentTable, time: int
     ) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
         running = layer.group("state")
         levels = running[0].shape[1]
+        borders = table.borders.levels(levels, layer.position.device)
 
         def each(x: torch.Tensor) -> torch.Tensor:
             return x[:, None].expand(-1, levels, *x.shape[1:]).flatten(0, 1)
@@ -242,35 +244,33 @@ class MCMixer(nn.Module):
         states = tuple(s.unflatten(0, (-1, levels)) for s in states)
         sums = logit = None
         if parts.u is not None:
-            sums, logit = self._summarise(parts, layer, levels)
-        kept, summaries, visible = self.history.kept(layer) if self.history.keeps else (None, None, None)
+            sums, logit = self._summarise(parts, layer, borders)
+        kept, summaries, visible = (
+            self.history.kept(layer, table.borders) if self.history.keeps else (None, None, None)
+        )
         online = tuple(s[:, 0] for s in states)
         q = parts.q.to(online[0].dtype)
-        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible, routes, time)
+        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible, table.routes, time)
         gates = None
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
             gates = self.aggregation.gates_received(*tokens, summaries, visible)[:, 0]
-        self.history.push(layer, states, sums, real, gates)
+        self.history.push(layer, borders, states, sums, real, gates)
         return out.to(parts.q.dtype)
 
-    def _summarise(self, parts: Projected, layer: MCCacheLayer, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _summarise(self, parts: Projected, layer: MCCacheLayer, borders: Borders) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums `[B, L, H, m, du]` with the new token, and the online logit `[B, H]` from those of level 0."""
-        added = []
-        for bit in range(levels):
-            summary = Summary(self.config.segment_size << bit, self.config.summaries_per_segment)
-            offset = layer.position % summary.segment_size
-            added.append(summary.add(layer.tensors["sums"][:, bit], parts.source, offset))
-        offset = layer.position % self.config.segment_size
-        return torch.stack(added, 1), self.summary.token(parts.u, added[0], offset)
+        summary, offset = Summary(borders, self.config.summaries_per_segment), borders.offset(layer.position[:, None])
+        sums = summary.add(layer.tensors["sums"], parts.source, offset)
+        return sums, summary.token(parts.u, sums, offset)
 
     def _reference(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """`_tokens` without a cache, document by document."""
         if layer is not None:
             return self._tokens(parts, table, layer)
-        borders = [0, table.num_tokens] if table.borders is None else table.borders.tolist()
+        edges = [0, table.num_tokens] if table.cu_seq_lens is None else table.cu_seq_lens.tolist()
         out = []
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in zip(edges, edges[1:], strict=False):
             document = replace(table, num_tokens=stop - start)
             out.append(self._tokens(parts.at(slice(start, stop)), document, MCCacheLayer(), start))
         return torch.cat(out, 1)

@@ -1,12 +1,14 @@
 # Copyright 2026 the mc-transformers authors.
 """SegmentTable: which token belongs to which segment of which sequence. The only place that knows about padding,
-packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid."""
+packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid. Where
+segments end is asked of `Borders`."""
 
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
 
+from .borders import Borders
 from .shards import Shards
 
 
@@ -15,17 +17,16 @@ def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Te
     return torch.where(rows.view(*rows.shape, *[1] * (a.dim() - rows.dim())), a, b)
 
 
-def _packed_borders(
-    cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, num_tokens: int
-) -> torch.Tensor | None:
-    """Borders `[D + 1]` of packed documents, from `cu_seq_lens_q` `[D + 1]` or document numbers `seq_idx` `[1, T]`."""
+def _documents(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """`[D + 1]`, tokens before every packed document and in all, from `cu_seq_lens_q` `[D + 1]` or
+    document numbers `seq_idx` `[1, T]`."""
     if cu_seq_lens is not None:
-        borders = cu_seq_lens.reshape(-1).long()
+        cu_seq_lens = cu_seq_lens.reshape(-1).long()
         if not torch.compiler.is_compiling():
-            values = borders.tolist()
+            values = cu_seq_lens.tolist()
             if len(values) < 2 or values != sorted(values) or (values[0], values[-1]) != (0, num_tokens):
                 raise ValueError(f"`cu_seq_lens_q` must rise from 0 to {num_tokens}, all tokens, got {values}")
-        return borders
+        return cu_seq_lens
     if seq_idx is None:
         return None
     if seq_idx.shape != (1, num_tokens):
@@ -37,12 +38,13 @@ def _packed_borders(
 
 @dataclass
 class SegmentTable:
-    """Positions of a batch of tokens in segments of `segment_size`, counted from each row's first real token.
+    """Positions of a batch of tokens in segments, counted from each row's first real token.
 
     Built once per forward, shared by all layers. R rows (the batch, or 1 for packed documents), T tokens a row, N grid
     segments a row, W slots a segment. Shapes depend on input shapes only.
 
     Attributes:
+        borders: where segments end. factor: how many segments of the model one of this table's is long.
         align: slot 0 of a resumed segment falls on a multiple of this (inner chunk of deep memories).
         position: `[R]` int64, tokens that each row has written before this forward.
         length: `[R]` int64, real tokens of each row in this forward.
@@ -53,13 +55,14 @@ class SegmentTable:
         offset: `[R, N, W]` int64, position of the slot inside its segment.
         starts: `[R, N]` bool, first grid segment of a packed document, or None.
         document: `[N]` int64, the document of every grid segment; begin: `[D]` int64, the first grid segment of every
-            document; borders: `[D + 1]` int64, tokens; all None unless documents are packed.
+            document; cu_seq_lens: `[D + 1]` int64, tokens before every document and in all; all None unless documents
+            are packed.
         routes: choices of segments that layers share (route_sharing="model"), by what they were made for.
         first: `[R, N]` int64, the first grid segment of the same sequence.
         shards: the ranks that share each row (context parallel), or None.
     """
 
-    segment_size: int
+    borders: Borders
     align: int
     num_tokens: int
     num_segments: int
@@ -74,10 +77,11 @@ class SegmentTable:
     offset: torch.Tensor
     starts: torch.Tensor | None
     first: torch.Tensor
-    borders: torch.Tensor | None
+    cu_seq_lens: torch.Tensor | None
     document: torch.Tensor | None
     begin: torch.Tensor | None
     resumed: bool
+    factor: int = 1
     shards: Shards | None = None
     coarse: dict[int, "SegmentTable"] = field(default_factory=dict, repr=False)
     copies: dict[torch.device, "SegmentTable"] = field(default_factory=dict, repr=False)
@@ -109,8 +113,8 @@ class SegmentTable:
         """
         if num_tokens == 0:
             raise ValueError("empty sequence: `input_ids` needs at least one token per row, got length 0")
-        borders = _packed_borders(cu_seq_lens, seq_idx, num_tokens)
-        if borders is not None:
+        borders, cu_seq_lens = Borders(segment_size), _documents(cu_seq_lens, seq_idx, num_tokens)
+        if cu_seq_lens is not None:
             if batch_size != 1 or position is not None:
                 raise ValueError(
                     "packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache, got "
@@ -118,7 +122,7 @@ class SegmentTable:
                 )
             if attention_mask is not None and not torch.compiler.is_compiling() and not (attention_mask != 0).all():
                 raise ValueError("packed documents take no padding: `attention_mask` must be None or have no zeros")
-            return cls._build_packed(borders, num_tokens, segment_size, device)
+            return cls._build_packed(borders, num_tokens, cu_seq_lens.to(device))
 
         order = mask = None
         length = torch.full((batch_size,), num_tokens, dtype=torch.int64, device=device)
@@ -132,13 +136,13 @@ class SegmentTable:
             order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
             length = mask.sum(1)
 
-        return cls._build_rows(num_tokens, segment_size, align, length, position, order, mask)
+        return cls._build_rows(borders, num_tokens, align, length, position, order, mask)
 
     @classmethod
     def _build_rows(
         cls,
+        borders: Borders,
         num_tokens: int,
-        segment_size: int,
         align: int,
         length: torch.Tensor,
         position: torch.Tensor | None,
@@ -148,26 +152,26 @@ class SegmentTable:
         resumed, device = position is not None, length.device
         # copied: the first layer changes the counter of a static cache while the table still serves the others
         position = position.clone() if resumed else torch.zeros_like(length)
-        start = position % segment_size
-        base = start // align * align  # offset of slot 0 in the first grid segment
-        width = min(segment_size, -(-(num_tokens + (align - 1 if resumed else 0)) // align) * align)
-        reach = num_tokens + (segment_size - 1 if resumed else 0)
-        num = -(-reach // segment_size)
+        before = borders.finished(position)[:, None]
+        base = borders.offset(position)[:, None] // align * align  # offset of slot 0 in the first grid segment
+        width = min(borders.longest, -(-(num_tokens + (align - 1 if resumed else 0)) // align) * align)
+        num = borders.most_begun(num_tokens, anywhere=resumed)
 
         rank = torch.arange(num, device=device)
         column = torch.arange(width, device=device)
-        offset = column + (rank == 0)[None, :, None] * base[:, None, None]  # [R, N, W]
-        index = rank[None, :, None] * segment_size + offset - start[:, None, None]
-        valid = (index >= 0) & (index < length[:, None, None]) & (offset < segment_size)
+        offset = column + ((rank == 0) * base)[..., None]  # [R, N, W]
+        number = (before + rank)[..., None]
+        index = (borders.start(number) - position[:, None, None]) + offset
+        valid = (index >= 0) & (index < length[:, None, None]) & (offset < borders.count(number))
         slot = token = None
         if resumed:
             token = index.clamp(0, num_tokens - 1).flatten(1)
-            absolute = start[:, None] + torch.arange(num_tokens, device=device)
-            segment = absolute // segment_size
-            within = absolute - segment * segment_size - (segment == 0) * base[:, None]
+            place = position[:, None] + torch.arange(num_tokens, device=device)
+            segment = borders.finished(place) - before
+            within = borders.offset(place) - (segment == 0) * base
             slot = (segment * width + within).clamp(max=num * width - 1)
         return cls(
-            segment_size=segment_size,
+            borders=borders,
             align=align,
             num_tokens=num_tokens,
             num_segments=num,
@@ -182,7 +186,7 @@ class SegmentTable:
             offset=offset,
             starts=None,
             first=torch.zeros(len(length), num, dtype=torch.int64, device=device),
-            borders=None,
+            cu_seq_lens=None,
             document=None,
             begin=None,
             resumed=resumed,
@@ -204,26 +208,25 @@ class SegmentTable:
         if factor == 1:
             return self
         if factor not in self.coarse:
-            size = self.segment_size * factor
-            if self.borders is not None:
-                table = self._build_packed(self.borders, self.num_tokens, size, self.length.device)
-            else:
-                position = self.position if self.resumed else None
-                order, mask = self.order, self.mask
-                table = self._build_rows(self.num_tokens, size, self.align, self.length, position, order, mask)
-            self.coarse[factor] = table
+            self.coarse[factor] = replace(self.cut(self.borders.coarser(factor)), factor=self.factor * factor)
         return self.coarse[factor]
 
+    def cut(self, borders: Borders) -> "SegmentTable":
+        """The same tokens in segments with other borders."""
+        if self.cu_seq_lens is not None:
+            table = self._build_packed(borders, self.num_tokens, self.cu_seq_lens)
+        else:
+            position = self.position if self.resumed else None
+            rows = (self.length, position, self.order, self.mask)
+            table = self._build_rows(borders, self.num_tokens, self.align, *rows)
+        return replace(table, shards=self.shards, routes=self.routes)
+
     @classmethod
-    def _build_packed(
-        cls, borders: torch.Tensor, num_tokens: int, segment_size: int, device: torch.device
-    ) -> "SegmentTable":
-        borders = borders.to(device)
-        documents = borders.numel() - 1
-        num = num_tokens // segment_size + documents  # bound: shapes must not depend on the values
-        width = min(segment_size, num_tokens)
-        lengths = borders.diff()
-        segments = (lengths + segment_size - 1) // segment_size
+    def _build_packed(cls, borders: Borders, num_tokens: int, cu_seq_lens: torch.Tensor) -> "SegmentTable":
+        device, documents = cu_seq_lens.device, cu_seq_lens.numel() - 1
+        num = borders.most_finished(num_tokens) + documents  # bound: shapes must not depend on the values
+        width = min(borders.longest, num_tokens)
+        segments = borders.finished(cu_seq_lens.diff() - 1) + 1
         cumulative = segments.cumsum(0)
         rank = torch.arange(num, device=device)
         document = torch.searchsorted(cumulative, rank, right=True)
@@ -231,14 +234,15 @@ class SegmentTable:
         first = (cumulative - segments)[known]
         within = rank - first
         column = torch.arange(width, device=device)
-        index = borders[known][:, None] + (within * segment_size)[:, None] + column
-        valid = (index < borders[known + 1][:, None]) & (document < documents)[:, None]
+        index = (cu_seq_lens[known] + borders.start(within))[:, None] + column
+        valid = (index < cu_seq_lens[known + 1][:, None]) & (document < documents)[:, None]
+        valid = valid & (column < borders.count(within[:, None]))
         token_range = torch.arange(num_tokens, device=device)
-        owner = torch.searchsorted(borders[1:].contiguous(), token_range, right=True).clamp(max=documents - 1)
-        distance = token_range - borders[owner]
-        slot = ((cumulative - segments)[owner] + distance // segment_size) * width + distance % segment_size
+        owner = torch.searchsorted(cu_seq_lens[1:].contiguous(), token_range, right=True).clamp(max=documents - 1)
+        place = token_range - cu_seq_lens[owner]
+        slot = ((cumulative - segments)[owner] + borders.finished(place)) * width + borders.offset(place)
         return cls(
-            segment_size=segment_size,
+            borders=borders,
             align=1,
             num_tokens=num_tokens,
             num_segments=num,
@@ -253,7 +257,7 @@ class SegmentTable:
             offset=column.expand(1, num, width),
             starts=(rank == first)[None],
             first=first[None],
-            borders=borders,
+            cu_seq_lens=cu_seq_lens,
             document=known,
             begin=cumulative - segments,
             resumed=False,
@@ -309,11 +313,11 @@ class SegmentTable:
         """
         rows, num_tokens, channels = x.shape
         reach = conv.kernel_size[0] - 1
-        if self.borders is not None:  # K - 1 zeros in front of every document
+        if self.cu_seq_lens is not None:  # K - 1 zeros in front of every document
             tokens = torch.arange(num_tokens, device=x.device)
-            owner = torch.searchsorted(self.borders[1:].contiguous(), tokens, right=True)
+            owner = torch.searchsorted(self.cu_seq_lens[1:].contiguous(), tokens, right=True)
             place = tokens + owner * reach
-            context = x.new_zeros(rows, num_tokens + (self.borders.numel() - 1) * reach, channels)
+            context = x.new_zeros(rows, num_tokens + (self.cu_seq_lens.numel() - 1) * reach, channels)
             context = context.index_copy(1, place + reach, x)
             return conv(context.transpose(1, 2)).transpose(1, 2)[:, place], x.new_zeros(rows, reach, channels)
         if self.shards is not None:
@@ -327,23 +331,32 @@ class SegmentTable:
     def token_position(self) -> torch.Tensor:
         """`[R, T]` int64, position of every compact token in its sequence."""
         steps = torch.arange(self.num_tokens, device=self.position.device)
-        if self.borders is None:
+        if self.cu_seq_lens is None:
             return self.position[:, None] + steps
-        owner = torch.searchsorted(self.borders[1:].contiguous(), steps, right=True)
-        return (steps - self.borders[owner.clamp(max=self.borders.numel() - 2)])[None]
+        owner = torch.searchsorted(self.cu_seq_lens[1:].contiguous(), steps, right=True)
+        return (steps - self.cu_seq_lens[owner.clamp(max=self.cu_seq_lens.numel() - 2)])[None]
 
     @property
     def finished_before(self) -> torch.Tensor:
         """`[R]` segments that each row had finished before this forward."""
-        return self.position // self.segment_size
+        return self.borders.finished(self.position)
 
     @property
     def finished_after(self) -> torch.Tensor:
-        return self.next_position // self.segment_size
+        return self.borders.finished(self.next_position)
 
     @property
     def next_position(self) -> torch.Tensor:
         return self.position + self.length
+
+    @property
+    def number(self) -> torch.Tensor:
+        """`[R, N]` int64, the number of every grid segment in its sequence."""
+        return self.finished_before[:, None] + torch.arange(self.num_segments, device=self.first.device) - self.first
+
+    def finishes(self) -> torch.Tensor:
+        """`[R, N]` bool, grid segments whose last token is written in this forward."""
+        return (self.valid & (self.offset + 1 == self.borders.count(self.number[..., None]))).any(-1)
 
     def running_index(self) -> torch.Tensor:
         """`[R]` grid segment that is unfinished after this forward; num_segments if the next one has not begun."""
@@ -357,4 +370,4 @@ class SegmentTable:
 
     def first_of_level(self, coarse: "SegmentTable") -> torch.Tensor:
         """`[R, N]`: where the sequence of each grid segment begins in the grid of a coarser table."""
-        return torch.zeros_like(self.first) if self.borders is None else coarse.begin[self.document][None]
+        return torch.zeros_like(self.first) if self.cu_seq_lens is None else coarse.begin[self.document][None]

@@ -150,8 +150,7 @@ class DeepMemory(Memory):
         super().__init__(config)
         hidden = config.memory_expansion * self.key_dim
         self.chunk = config.memory_chunk_size
-        # soup reads map by map, and segments of other lengths (logarithmic) are written but not answered
-        self.answered, self.first_read = config.segment_size, 0 if config.aggregation == "soup" else ANSWER
+        self.first_read = 0 if config.aggregation == "soup" else ANSWER  # soup reads map by map
         # not zero: a memory that starts at zero never learns; and not small: a first step moves the answers by about
         # eta / std^2 of their size
         start = partial(init.normal_, std=self.key_dim**-0.5)
@@ -233,7 +232,7 @@ class DeepMemory(Memory):
     # ------------------------------------------------------------------------------------------------- whole grids
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
         layout = Layout(*q.shape[:3], self.chunk, carry)
-        read = self.first_read if table.segment_size == self.answered else NOTHING
+        read = self.first_read if table.factor == 1 else NOTHING  # longer segments (logarithmic) are only written
         norm = self.norm
         maps = self._start(layout, state, q.device, compute_dtype(q))
         calls, answers, ends, run = [], [], [], layout.running(table)
