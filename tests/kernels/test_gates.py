@@ -291,7 +291,7 @@ def test_triton_deep_read_with_relu():
 
 
 @inside
-@pytest.mark.parametrize("fields", [{}, {"memories": 150}, {"top_k": 2}, {"top_k": 2, "given": True}, {"blocks": 2}])
+@pytest.mark.parametrize("fields", [{}, {"memories": 40}, {"top_k": 2}, {"top_k": 2, "given": True}, {"blocks": 2}])
 def test_triton_decode_step_with_relu(fields):
     from test_triton import rms_ratio, token_inputs
 
