@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""The figures of docs/results.md: what `benchmarks/report/page.py` draws into matplotlib axes."""
+"""The figures of docs/results.md: what `benchmarks/report/tables.py` draws into matplotlib axes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import page as report
+from benchmarks.report import tables
 
 
 ROOT = Path(__file__).parents[2]
@@ -13,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_committed_page_fits_the_committed_files(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
-    for part in report.page():
-        if isinstance(part, report.Figure):
-            assert (report.IMAGES / f"{part.name}.svg").stat().st_size < 200_000
+    _, figures = report.made(report.PAGE.read_text(encoding="utf-8"))
+    assert len(figures) > 5
+    for figure in figures:
+        assert (report.IMAGES / f"{figure.name}.svg").stat().st_size < 200_000
 
 
 def write(path: Path, cell: str, rate: float, seed: int, **result) -> None:
@@ -35,10 +37,11 @@ def write(path: Path, cell: str, rate: float, seed: int, **result) -> None:
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    for name in ("RESULTS", "IMAGES"):
-        monkeypatch.setattr(report, name, tmp_path)
-    monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    page = tmp_path / "results.md"
+    page.write_text("Words before.\n\n<!-- made: mqar -->\nold\n<!-- end: mqar -->\n\nWords behind.\n")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name, value in {"IMAGES": tmp_path, "PAGE": page, "ROOT": tmp_path}.items():
+        monkeypatch.setattr(report, name, value)
     return tmp_path
 
 
@@ -51,13 +54,31 @@ def test_the_best_rate_is_chosen_over_seeds_and_failures_are_counted(results):
     write(path, "linear grm", 0.2, 0, error="RuntimeError: no")
     assert report.main([]) == 0 and report.main(["--check"]) == 0
     text = (results / "results.md").read_text()
-    assert "| linear none | 0.550 ± 0.495 (0.90, 0.20) | 2 of 2 | 0.2 of 0.1, 0.2 | 8 | 9 |" in text
+    assert text.startswith("Words before.") and text.endswith("Words behind.\n") and "old" not in text
+    assert "| linear none | 0.550 ± 0.495 (0.90, 0.20) |  | 2 of 2 | 0.2 of 0.1, 0.2 | 8 | 9 |" in text
+    assert "| linear grm | 0.400 ± 0.000 | -0.150 | 2 of 2 | 0.1 of 0.1, 0.2 | 8 | 9 |" in text
     assert "7 runs, 1 failed" in text
-    assert "Not above `none` of the same memory: linear grm [2] (-0.150)." in text
     assert (results / "mqar.svg").read_text().startswith("<?xml")
     write(path, "linear none", 0.3, 0, accuracy=1.0)
     assert report.main(["--check"]) == 1
 
 
+def test_a_difference_is_taken_over_the_seeds_that_both_have():
+    plain = {0: 0.5, 1: 0.1}
+    assert tables.against(plain, {0: 0.7, 1: 0.5}) == "+0.300"
+    assert tables.against(plain, {0: 0.7, 2: 0.9}) == "+0.200 [1]"
+    assert tables.against(plain, plain) == tables.against(None, plain) == tables.against(plain, {2: 0.9}) == ""
+
+
+def test_no_marker_is_wrong_and_no_study_is_hidden(results):
+    write(results / "mqar.jsonl", "linear none", 0.1, 0, accuracy=0.5)
+    write(results / "mqar_64.jsonl", "linear none", 0.1, 0, accuracy=0.5)
+    with pytest.raises(ValueError, match="no markers for mqar_64"):
+        report.main([])
+    report.PAGE.write_text("<!-- made: mqar -->\n<!-- end: mqar -->\n<!-- made: nothing -->\n<!-- end: nothing -->\n")
+    with pytest.raises(ValueError, match="markers of nothing"):
+        report.main([])
+
+
 def test_slope_is_the_exponent_of_a_power_law():
-    assert report.slope([(n, 3 * n**1.7) for n in (1, 2, 8)]) == pytest.approx(1.7)
+    assert tables.slope([(n, 3 * n**1.7) for n in (1, 2, 8)]) == pytest.approx(1.7)
