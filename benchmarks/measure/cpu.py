@@ -36,9 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mc_transformers import MCCache, MCConfig, MCModel
-from mc_transformers.modeling_mc.mixer import MCMixer
-from mc_transformers.modeling_mc.segments import SegmentTable
+from mc_transformers import MCCache, MCConfig, MCModel, MemoryCaching
 
 
 WIDTH, HEADS, SEGMENT, TOP_K = 256, 4, 64, 2
@@ -49,28 +47,10 @@ PASSES = ("forward", "forward+backward")
 OTHERS = {"memory-caching": "memory_caching", "titans-pytorch": "titans_pytorch"}  # distribution: module
 
 
-def _config(memory: str, aggregation: str, **fields) -> MCConfig:
-    return MCConfig(
-        hidden_size=WIDTH,
-        num_attention_heads=HEADS,
-        num_hidden_layers=1,
-        segment_size=SEGMENT,
-        num_selected_segments=TOP_K,
-        memory=memory,
-        aggregation=aggregation,
-        **fields,
-    )
-
-
-class Ours(nn.Module):
-    """The mixer of a memory layer as a model has it, convolutions, norms and output gate included."""
-
-    def __init__(self, memory: str, aggregation: str, **fields) -> None:
-        super().__init__()
-        self.mixer = MCMixer(_config(memory, aggregation, **fields), 0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mixer(x, SegmentTable.build(*x.shape[:2], SEGMENT, x.device, align=self.mixer.memory.align))
+def ours(memory: str, aggregation: str, **fields) -> MemoryCaching:
+    """A memory layer as a model has it, convolutions, norms and output gate included."""
+    common = {"segment_size": SEGMENT, "num_selected_segments": TOP_K}
+    return MemoryCaching(WIDTH, HEADS, memory=memory, aggregation=aggregation, **common, **fields)
 
 
 class Attention(nn.Module):
@@ -128,11 +108,11 @@ class TitansPytorch(nn.Module):
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
-    **{f"linear {a}": lambda a=a: Ours("linear", a) for a in ("none", "grm", "ssc")},
-    "linear log-linear++": lambda: Ours("linear", "grm", segmentation="logarithmic"),
-    "linear grm, bare": lambda: Ours("linear", "grm", conv_kernel_size=0, qk_norm=False, use_output_gate=False),
-    "dla grm": lambda: Ours("dla", "grm"),
-    "titans ssc": lambda: Ours("titans", "ssc"),
+    **{f"linear {a}": lambda a=a: ours("linear", a) for a in ("none", "grm", "ssc")},
+    "linear log-linear++": lambda: ours("linear", "grm", segmentation="logarithmic"),
+    "linear grm, bare": lambda: ours("linear", "grm", conv_kernel_size=0, qk_norm=False, use_output_gate=False),
+    "dla grm": lambda: ours("dla", "grm"),
+    "titans ssc": lambda: ours("titans", "ssc"),
     "memory-caching: linear grm": lambda: memory_caching_layer("linear", "grm"),
     "memory-caching: dla grm": lambda: memory_caching_layer("dla", "grm"),
     "memory-caching: titans ssc": lambda: memory_caching_layer("titans", "ssc"),
@@ -190,7 +170,19 @@ def time_decoding(name: str, tokens: int) -> dict[str, float]:
     """Median milliseconds per token of a one-layer model, and bytes of the cache, after every length of context."""
     memory, aggregation, kind = DECODE_CASES[name]
     torch.manual_seed(0)
-    model = MCModel(_config(memory, aggregation, layer_types=[kind], vocab_size=256, intermediate_size=512)).eval()
+    config = MCConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        segment_size=SEGMENT,
+        num_selected_segments=TOP_K,
+        memory=memory,
+        aggregation=aggregation,
+        layer_types=[kind],
+        vocab_size=256,
+        intermediate_size=512,
+    )
+    model = MCModel(config).eval()
     caches = {}
     for context in CONTEXTS:
         past = MCCache(config=model.config)

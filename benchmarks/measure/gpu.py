@@ -36,12 +36,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.measure.gpu_ops import DEEP, DEVICE, OPS, TOLERANCE, Op, Size, check, randn, rounded, unit
-from mc_transformers import MCCache, MCConfig
+from mc_transformers import MemoryCaching, make_cache
 from mc_transformers.kernels.shared.ops import WIDEST_DEEP
 from mc_transformers.modeling_mc.cache_layer import MCStaticCacheLayer
 from mc_transformers.modeling_mc.memories import MEMORIES as KINDS
-from mc_transformers.modeling_mc.mixer import MCMixer
-from mc_transformers.modeling_mc.segments import SegmentTable
 
 
 SMOKE = "--smoke" in sys.argv
@@ -189,29 +187,18 @@ def memory_peak() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
-def config_of(memory: str, aggregation: str, backend: str, dim: int) -> MCConfig:
-    return MCConfig(
-        hidden_size=HEADS * dim,
-        num_attention_heads=HEADS,
-        num_hidden_layers=1,
-        segment_size=SEGMENT,
+def layer_of(memory: str, aggregation: str, backend: str, dim: int) -> MemoryCaching:
+    """A memory layer as a model has it, convolutions, norms and output gate included."""
+    return MemoryCaching(
+        HEADS * dim,
+        HEADS,
         memory=memory,
-        num_selected_segments=TOP_K,
         aggregation=aggregation,
+        segment_size=SEGMENT,
+        num_selected_segments=TOP_K,
         mc_backend=backend,
         memory_chunk_size=min(16, SEGMENT),
     )
-
-
-class Layer(nn.Module):
-    """The mixer of a memory layer as a model has it, convolutions, norms and output gate included."""
-
-    def __init__(self, *kind) -> None:
-        super().__init__()
-        self.mixer = MCMixer(config_of(*kind), 0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mixer(x, SegmentTable.build(*x.shape[:2], SEGMENT, x.device, align=self.mixer.memory.align))
 
 
 class Attention(nn.Module):
@@ -294,7 +281,7 @@ def layer_cases() -> Iterator[Case]:
                     yield Case(
                         "layer",
                         f"{memory} {aggregation}",
-                        lambda k=kind, n=length, b=backward: time_layer(lambda: Layer(*k), k[-1], n, b),
+                        lambda k=kind, n=length, b=backward: time_layer(lambda: layer_of(*k), k[-1], n, b),
                         shape | {"head_dim": dim, "backend": backend},
                     )
 
@@ -312,17 +299,15 @@ def time_decoding(memory: str, aggregation: str, backend: str, context: int, bat
     slots = context // SEGMENT
     if aggregation != "none":
         need(batch * slots * HEADS * DIM * (2 * DIM + 4))
-    config = config_of(memory, aggregation, backend, DIM)
-    layer = make(MCMixer(config, 0)).eval()
-    cache = MCCache(config=config, state_dtype=torch.bfloat16)
+    layer = make(layer_of(memory, aggregation, backend, DIM)).eval()
+    cache, mixer = make_cache(layer, state_dtype=torch.bfloat16), layer.mixer
     past = MCStaticCacheLayer(max_cache_len=2 * SEGMENT)
     past.kept_dtype = torch.bfloat16
     cache.layers[0] = past
     x = randn(batch, 1, HEADS * DIM, dtype=torch.bfloat16)
 
-    def step() -> torch.Tensor:
-        position = past.position if past.is_initialized else None
-        return layer(x, SegmentTable.build(batch, 1, SEGMENT, x.device, position=position), cache)
+    def step() -> torch.Tensor:  # without the layer's look for room in the cache, which waits for the GPU
+        return mixer(x, mixer.table(x, layer=past), cache)
 
     step()
     past.max_cache_len = context
