@@ -357,7 +357,7 @@ def _publish_parser(commands) -> None:
 
 
 def _convert_parser(commands) -> None:
-    from ..conversion.convert import sources
+    from ..conversion.sources import SOURCES
 
     parser = commands.add_parser(
         "convert",
@@ -380,7 +380,7 @@ def _convert_parser(commands) -> None:
         "torch.distributed.checkpoint folder, or a file with a state dict",
     )
     parser.add_argument("output", metavar="FOLDER", help="where to write")
-    kinds = ", ".join([*sources(), "training"])
+    kinds = ", ".join([*SOURCES, "training"])
     parser.add_argument("--from", dest="source", metavar="KIND", help=f"{kinds} (default: as config.json says)")
     parser.add_argument("--config", metavar="FILE", help="config.json of a training run (beside the weights)")
     parser.add_argument("--state-dict", action="store_true", help="write a model of this family as one plain .pt file")

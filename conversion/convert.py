@@ -1,9 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """Conversion into the family: a config, a table of names, and nothing that is left over on either side."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,108 +14,14 @@ from ..hub.bundle import write_code
 from ..hub.files import new_folder
 from ..hub.flat import AUTO_MAP
 from .checkpoint import Checkpoint, open_checkpoint
+from .source import Source, refuse
+from .sources import SOURCES
 from .writer import ShardWriter
 
 
-# one source tensor, the config of the source, and the tensors for the rule's targets
-Split = Callable[[torch.Tensor, dict], Sequence[torch.Tensor]]
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 TOLERANCE = 1e-4
 U_PROJ = ".mixer.u_proj.weight"
-
-
-def keep(tensor: torch.Tensor, found: dict) -> Sequence[torch.Tensor]:
-    return (tensor,)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kind of checkpoint that can be converted.
-
-    Attributes:
-        name: for `--from`, as `aliases` are. model_types: what its config.json says.
-        make_config: config.json as a dictionary to the fields of an MCConfig; raises ValueError for what is missing.
-        rules: (pattern of a whole name, target names with groups, split), the first that matches counts; the names
-            may be a function of the match and the source's config; none = the weight is not needed.
-        zeros: ends of the names of weights that the source has not, because they are zero there.
-        merges: (pattern with one group `part`, its values in order): such weights are joined along their rows to one
-            whose name lacks the part, and only then looked up in the rules.
-        fresh: what is missing in a mixer starts as in a new model.
-        names: patterns of names that Transformers knows under others, for `verify_logits`.
-    """
-
-    name: str
-    model_types: tuple[str, ...]
-    make_config: Callable[[dict], dict]
-    rules: tuple[tuple[str, tuple[str, ...] | Callable[[re.Match, dict], list[str]], Split], ...]
-    zeros: tuple[str, ...] = ()
-    merges: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    fresh: bool = False
-    names: dict[str, str] = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-
-    def targets(self, name: str, found: dict) -> tuple[list[str], Split]:
-        """Target names of a source tensor.
-
-        Raises:
-            ValueError: no rule knows it.
-        """
-        for pattern, targets, split in self.rules:
-            if match := re.fullmatch(pattern, name):
-                names = targets(match, found) if callable(targets) else map(match.expand, targets)
-                return list(names), split
-        raise ValueError(
-            f"no rule of --from {self.name} knows the weight {name!r}: this is another kind of checkpoint, or has a "
-            "head that language models have not"
-        )
-
-    def merged(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """`weights` with what belongs together joined.
-
-        Raises:
-            ValueError: a part is missing.
-        """
-        waiting: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in weights:
-            for pattern, order in self.merges:
-                if match := re.fullmatch(pattern, name):
-                    start, stop = match.span("part")
-                    whole = name[:start] + name[stop:]
-                    parts = waiting.setdefault(whole, {})
-                    parts[match["part"]] = tensor
-                    if len(parts) == len(order):
-                        yield whole, torch.cat([waiting[whole][part] for part in order])
-                        del waiting[whole]
-                    break
-            else:
-                yield name, tensor
-        if waiting:
-            name = min(waiting)
-            raise ValueError(f"the checkpoint lacks parts of {name!r}: it has {', '.join(waiting[name])}")
-
-
-def refuse(piece: str, value: object, allowed: str) -> None:
-    """What a checkpoint has and the family has not.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(f"this checkpoint has {piece} ({value!r}), which the family has not; supported: {allowed}")
-
-
-def sources() -> dict[str, Source]:
-    """All kinds by name."""
-    from .sources import fla_gated_deltanet as from_fla_gated_deltanet
-    from .sources import fla_linear as from_fla_linear
-    from .sources import llama as from_llama
-    from .sources import mamba2 as from_mamba2
-    from .sources import olmo_hybrid as from_olmo_hybrid
-    from .sources import qwen as from_qwen
-    from .sources import retnet as from_retnet
-
-    delta = (from_fla_gated_deltanet, from_olmo_hybrid, from_qwen)
-    modules = (from_mamba2, from_fla_linear, from_retnet, *delta, from_llama)
-    return {module.SOURCE.name: module.SOURCE for module in modules}
 
 
 def find_source(found: dict, name: str | None = None) -> Source:
@@ -126,13 +30,12 @@ def find_source(found: dict, name: str | None = None) -> Source:
     Raises:
         ValueError: none fits; the message says what was found and what is supported.
     """
-    known = sources()
-    if name is not None and name not in known:
-        raise ValueError(f"--from {name} is not known, allowed: {', '.join(known)}")
-    for source in known.values():
+    if name is not None and name not in SOURCES:
+        raise ValueError(f"--from {name} is not known, allowed: {', '.join(SOURCES)}")
+    for source in SOURCES.values():
         if found.get("model_type") in source.model_types and name in (None, source.name, *source.aliases):
             return source
-    supported = "; ".join(f"{source.name}: {', '.join(source.model_types)}" for source in known.values())
+    supported = "; ".join(f"{source.name}: {', '.join(source.model_types)}" for source in SOURCES.values())
     wanted = f" with --from {name}" if name else ""
     raise ValueError(
         f"found model_type={found.get('model_type')!r}, architectures={found.get('architectures')}{wanted}; "
@@ -178,10 +81,10 @@ def convert(
         ValueError: another architecture, a missing piece, weights that are missing, left over, quantised or of a
             wrong shape, `fields` for a result without memory layers, an output that is the checkpoint.
     """
-    from .sources.mamba2 import in_terms_of_transformers
-
     checkpoint = open_checkpoint(checkpoint)
-    found = in_terms_of_transformers(checkpoint.config)
+    found = checkpoint.config
+    for each in SOURCES.values():
+        found = each.translate(found)
     kind = find_source(found, source)
     if (quantised := found.pop("quantization_config", None)) and not _is_undone(quantised):
         refuse("quantised weights (quantization_config)", quantised.get("quant_method"), "fp32, fp16 or bf16")
@@ -222,13 +125,12 @@ def _is_undone(quantised: dict) -> bool:
 
 
 def _with_memory_layers(kind: Source, layers: Sequence[int], verify: bool) -> Source:
-    from .sources.llama import SOURCE, with_memory_layers
-
-    if kind is not SOURCE:
-        raise ValueError(f"layers={list(layers)} can be chosen with --from {SOURCE.name} only, not {kind.name}")
+    if kind.with_memory_layers is None:
+        able = " or ".join(f"--from {source.name}" for source in SOURCES.values() if source.with_memory_layers)
+        raise ValueError(f"layers={list(layers)} can be chosen with {able} only, not {kind.name}")
     if verify:
         raise ValueError("--verify-logits: a model whose attention layers became memory layers is not the source")
-    return with_memory_layers(layers)
+    return kind.with_memory_layers(layers)
 
 
 def write_model(

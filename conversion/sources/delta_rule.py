@@ -3,7 +3,7 @@
 
 import torch
 
-from ..convert import refuse
+from ..source import refuse
 
 
 LAYER_TYPES = {"linear_attention": "memory_caching", "full_attention": "full_attention"}

@@ -6,7 +6,7 @@ In linear attention and RetNet the scale goes into the queries' projection: noth
 
 import torch
 
-from ..convert import keep, refuse
+from ..source import keep, refuse
 
 
 REFUSED = {"use_short_conv": "short convolutions", "feature_map": "a feature map"}

@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from ..convert import Source, keep, refuse
+from ..source import Source, keep, refuse
 from .delta_rule import QK_NORM_EPS
 from .fla import BLOCK_RULES, LAYER, OURS, block_fields
 

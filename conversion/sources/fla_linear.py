@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """LinearAttention of flash-linear-attention, with the identity as feature map, to `linear`."""
 
-from ..convert import Source, refuse
+from ..source import Source, refuse
 from .fla import LINEAR_RULES, linear_fields
 
 

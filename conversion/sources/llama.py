@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from ...configuration_mc import LAYER_TYPE
-from ..convert import Source, keep, refuse
+from ..source import Source, keep, refuse
 
 
 SAME = (
@@ -74,21 +74,6 @@ def _bias(tensor: torch.Tensor, found: dict) -> list[torch.Tensor]:
     return [tensor, tensor.new_zeros(found["hidden_size"])] if _is_qwen2(found) else [tensor]
 
 
-LAYER = r"model\.layers\.\d+\."
-PARTS = r"(?:self_attn|mlp)\.\w+\.(?:weight|bias)|(?:input|post_attention)_layernorm\.weight"
-SOURCE = Source(
-    name="llama",
-    aliases=("qwen",),
-    model_types=("llama", "qwen2", "qwen3"),
-    make_config=make_config,
-    rules=(
-        (LAYER + r"self_attn\.rotary_emb\.inv_freq", (), keep),  # old files have these constants
-        (rf"({LAYER})self_attn\.q_proj\.bias", _bias_targets, _bias),
-        (rf"({LAYER}(?:{PARTS})|(?:model\.embed_tokens|model\.norm|lm_head)\.weight)", (r"\1",), keep),
-    ),
-)
-
-
 def _repeated(tensor: torch.Tensor, found: dict) -> tuple[torch.Tensor]:
     """Rows of keys or values, once per head."""
     heads, shared = found["num_attention_heads"], found["num_key_value_heads"]
@@ -114,3 +99,19 @@ def with_memory_layers(layers: Sequence[int]) -> Source:
         (chosen + r"[qk]_norm\.weight", (), keep),  # queries and keys of memory layers have length one
     )
     return replace(SOURCE, make_config=make_hybrid_config, rules=rules + SOURCE.rules, fresh=True)
+
+
+LAYER = r"model\.layers\.\d+\."
+PARTS = r"(?:self_attn|mlp)\.\w+\.(?:weight|bias)|(?:input|post_attention)_layernorm\.weight"
+SOURCE = Source(
+    name="llama",
+    aliases=("qwen",),
+    model_types=("llama", "qwen2", "qwen3"),
+    make_config=make_config,
+    with_memory_layers=with_memory_layers,
+    rules=(
+        (LAYER + r"self_attn\.rotary_emb\.inv_freq", (), keep),  # old files have these constants
+        (rf"({LAYER})self_attn\.q_proj\.bias", _bias_targets, _bias),
+        (rf"({LAYER}(?:{PARTS})|(?:model\.embed_tokens|model\.norm|lm_head)\.weight)", (r"\1",), keep),
+    ),
+)

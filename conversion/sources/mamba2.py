@@ -6,7 +6,7 @@ The projection's rows are [z, x, B, C, dt]: output gate, values, keys, queries, 
 
 import torch
 
-from ..convert import Source, keep, refuse
+from ..source import Source, keep, refuse
 
 
 def _heads(found: dict) -> int:
@@ -130,6 +130,7 @@ SOURCE = Source(
     name="mamba2",
     model_types=("mamba2",),
     make_config=make_config,
+    translate=in_terms_of_transformers,
     names={r"^backbone\.embedding\.": "backbone.embeddings."},
     rules=(
         (r"backbone\.embeddings?\.weight", ("model.embed_tokens.weight",), keep),

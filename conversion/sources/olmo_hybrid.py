@@ -3,7 +3,7 @@
 
 import re
 
-from ..convert import Source, keep
+from ..source import Source, keep
 from .delta_rule import convolution, hybrid_fields
 
 

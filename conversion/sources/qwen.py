@@ -6,7 +6,7 @@ Their RMS norms scale by 1 + w, those of the family by w: the 1 goes into the we
 
 import torch
 
-from ..convert import Source, keep, refuse
+from ..source import Source, keep, refuse
 from .delta_rule import convolution, hybrid_fields
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """RetNet of flash-linear-attention to `retention` with rotary queries and keys."""
 
-from ..convert import Source, refuse
+from ..source import Source, refuse
 from .fla import LINEAR_RULES, linear_fields
 
 

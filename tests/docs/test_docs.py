@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 import mc_transformers as mc
 from mc_transformers.cli.main import build_parser
-from mc_transformers.conversion.convert import sources
+from mc_transformers.conversion.sources import SOURCES
 
 
 ROOT = Path(__file__).parents[2]
@@ -326,7 +326,7 @@ def test_reference_shows_every_public_name() -> None:
 
 def test_every_kind_of_checkpoint_is_in_the_guide() -> None:
     text = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {*sources(), "training"}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {*SOURCES, "training"}
 
 
 def test_every_field_is_documented_with_its_default() -> None:
