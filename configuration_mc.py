@@ -12,6 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from .modeling_mc.memories import MEMORIES
+
 
 logger = logging.get_logger(__name__)
 
@@ -360,8 +362,6 @@ class MCConfig(PreTrainedConfig):
                 self.refuse("gate_source", "'projection' when segment_summary='hidden' and head_dim * heads differs")
 
     def _check_memory(self) -> None:
-        from .modeling_mc.memories import MEMORIES  # here, because the modules of the model import this one
-
         if self.memory not in MEMORIES:
             self.refuse("memory", ", ".join(repr(name) for name in MEMORIES))
         memory = MEMORIES[self.memory]
