@@ -4,9 +4,8 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers import initialization as init
-
-from ..configuration_mc import MCConfig
 
 
 def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
@@ -52,8 +51,9 @@ class NoNorm(nn.Module):
         return x if gate is None else x * F.silu(gate)
 
 
-def make_output_norm(config: MCConfig) -> nn.Module:
-    """What stands between the memories' answers and the output projection."""
+def make_output_norm(config: PreTrainedConfig) -> nn.Module:
+    """What stands between the memories' answers and the output projection, for an `MCConfig`: which imports the
+    memories, and they these norms."""
     heads, width = config.memory_heads, config.memory_value_dim
     eps = config.rms_norm_eps if config.output_norm_eps is None else config.output_norm_eps
     if config.output_norm == "head":
