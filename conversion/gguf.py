@@ -20,7 +20,10 @@ from transformers.utils import is_gguf_available, logging
 MAGIC = b"GGUF"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 NEEDED = ("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
+TOKENIZERS = ("gpt2", "llama")
 TOKENS = "tokenizer.ggml.tokens"
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+VERSION = "0.17"
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -44,8 +47,8 @@ def _open(path: Path):
     """
     if (found := _first_bytes(path)) != MAGIC:
         raise ValueError(f"{path} is no GGUF file: it begins with {found!r}, not {MAGIC!r}")
-    if not is_gguf_available():
-        raise ImportError("reading GGUF needs the package gguf, 0.10 or newer: pip install 'mc-transformers[gguf]'")
+    if not is_gguf_available(VERSION):
+        raise ImportError(f"reading GGUF needs the package gguf >= {VERSION}: pip install 'mc-transformers[gguf]'")
     from gguf import GGUFReader
 
     try:
@@ -99,6 +102,8 @@ class GGUFFile:
             raise ValueError(
                 f"{self.path} scales rotary angles ({scaled[0]}), which Transformers does not read of GGUF"
             )
+        if TOKENS in self._reader.fields and (found := self._value("tokenizer.ggml.model")) not in TOKENIZERS:
+            raise ValueError(f"{self.path}: found tokenizer.ggml.model={found!r}, supported: {', '.join(TOKENIZERS)}")
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -140,8 +145,13 @@ class GGUFFile:
 
     def copy_extras(self, folder: Path) -> None:
         self.model.generation_config.save_pretrained(folder)
-        if TOKENS in self._reader.fields:
-            AutoTokenizer.from_pretrained(**self._place).save_pretrained(folder)
+        if TOKENS not in self._reader.fields:
+            return
+        tokenizer = AutoTokenizer.from_pretrained(**self._place)
+        for name, key in SPECIAL.items():  # before Transformers 5.24 the last token was the first one's twin
+            if (number := self._value(f"tokenizer.ggml.{key}_token_id")) is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number)))
+        tokenizer.save_pretrained(folder)
 
     def load(self, config: PreTrainedConfig | None, names: dict[str, str] | None) -> PreTrainedModel:
         return self.model

@@ -154,7 +154,8 @@ def test_tokenizer_and_chat_template_come_along(tmp_path, make):
     convert(path, tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
-    assert tokenizer.chat_template == TEMPLATE and tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.chat_template == TEMPLATE
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (WORDS[1], WORDS[2], WORDS[2])
     messages = [{"role": "user", "content": TEXT}]
     for text in (TEXT, theirs.apply_chat_template(messages, tokenize=False)):
         assert tokenizer(text).input_ids == theirs(text).input_ids
@@ -262,7 +263,7 @@ def test_what_transformers_would_leave_out(make, capsys, change, words):
 
 
 def test_without_the_package(make, capsys, monkeypatch):
-    monkeypatch.setattr(ours, "is_gguf_available", lambda: False)
+    monkeypatch.setattr(ours, "is_gguf_available", lambda version: False)
     assert "pip install 'mc-transformers[gguf]'" in refused(capsys, make()[1])
 
 
