@@ -141,6 +141,7 @@ def context_parallel_refuses() -> None:
 KINDS = {
     "linear": {},
     "gated_delta-ssc": {"memory": "gated_delta", "aggregation": "ssc"},
+    "rwkv7": {"memory": "rwkv7"},
     "titans-soup": {"memory": "titans", "aggregation": "soup", "gate_source": "query"},
     "lstm-residual": {"memory": "lstm", "aggregation": "residual"},
     "hybrid": {
@@ -258,7 +259,7 @@ def sharding_in_half_precision() -> None:
     """Decays and M_0 stay in fp32, in groups of their own: FSDP2 wants one dtype per group."""
     from transformers.distributed import DistributedConfig
 
-    for kind in ("gated_delta-ssc", "titans-soup"):
+    for kind in ("gated_delta-ssc", "rwkv7", "titans-soup"):
         with saved(KINDS[kind]) as (model, folder):
             config = DistributedConfig(fsdp_size=2)
             other = MCForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, distributed_config=config).train()
