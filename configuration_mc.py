@@ -26,6 +26,8 @@ CHOICES = {
     "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
     "segmentation": ("constant", "logarithmic"),
     "state_init": ("independent", "checkpoint"),
+    "online_memory": ("segment", "running"),
+    "cached_answers": ("mixed", "added"),
     "vector_read": ("multiply", "add"),
     "gate_source": ("projection", "query"),
     "segment_summary": ("keys", "hidden", "position"),
@@ -125,6 +127,16 @@ class MCConfig(PreTrainedConfig):
         segment_size (`int`, defaults to `256`): tokens per segment.
         state_init (`str`, defaults to `"independent"`): "independent" (a segment starts from M_0) or "checkpoint"
             (from the last state).
+        online_memory (`str`, defaults to `"segment"`): whose answer is the online one, M_t(q_t) of eq. 9: "segment",
+            the memory of the unfinished segment, as in the paper; or "running", a second memory that never starts
+            anew, which is all that a model with aggregation="none" has. The finished segments are those of memories
+            that started from M_0, either way.
+        online_gate_bias (`float`, *optional*): a learned number per head, which starts at this value, is added to the
+            online memory's logit; None = nothing is. A large one starts the model close to its online memory alone.
+        cached_answers (`str`, defaults to `"mixed"`): "mixed": one set of gates weighs online and cached answers
+            (eq. 9); or "added": y_t = M_t(q_t) + f * (cached answers), whose gates are made among finished segments
+            alone, f a learned number per head. With f = 0 the model is its online memory.
+        cached_answers_start (`float`, defaults to `0.0`): value of f at the start.
         num_selected_segments (`int`, defaults to `4`): k of "ssc".
         route_sharing (`str`, defaults to `"layer"`): "layer": every layer chooses its segments, or "model": all use
             the first memory layer's choice ("ssc").
@@ -225,6 +237,10 @@ class MCConfig(PreTrainedConfig):
     segmentation: str = "constant"
     segment_size: int = 256
     state_init: str = "independent"
+    online_memory: str = "segment"
+    online_gate_bias: float | int | None = None
+    cached_answers: str = "mixed"
+    cached_answers_start: float | int = 0.0
     num_selected_segments: int = 4
     route_sharing: str = "layer"
     gate_source: str = "projection"
@@ -374,6 +390,19 @@ class MCConfig(PreTrainedConfig):
         memory.check(self)
 
     def _check_gates(self) -> None:
+        if self.online_memory == "running" and (self.aggregation == "none" or self.state_init == "checkpoint"):
+            self.refuse(
+                "online_memory", "'segment' with aggregation='none' or state_init='checkpoint', which are running"
+            )
+        if self.cached_answers == "added":
+            if self.aggregation not in ("residual", "grm", "ssc"):
+                self.refuse("cached_answers", "'mixed' unless aggregation is 'residual', 'grm' or 'ssc'")
+            if self.online_gate_bias is not None:
+                self.refuse(
+                    "online_gate_bias", "None with cached_answers='added', where the online answer has no gate"
+                )
+        if self.online_gate_bias is not None and self.aggregation not in ("grm", "soup", "ssc"):
+            self.refuse("online_gate_bias", "None unless aggregation is 'grm', 'soup' or 'ssc'")
         from .kernels.read.gates import CONSTANT, GATE_FUNCTIONS  # here, as the memories above
 
         known = {name: function for name, function in GATE_FUNCTIONS.items() if name != CONSTANT}

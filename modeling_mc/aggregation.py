@@ -12,7 +12,7 @@ import torch
 from ..kernels.read.gates import CONSTANT, apply_gates, content_gates, logits_of_chosen
 from .cache_layer import Kept
 from .history import Caches
-from .memories import Memory, State, Trace
+from .memories import Memory, State, Trace, mix_answers
 
 
 class Aggregation:
@@ -36,11 +36,12 @@ class Aggregation:
         online_logit: torch.Tensor | None,
         caches: Caches,
         routes: dict,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`[R, N, W, H, dv]` from queries `[R, N, W, H, dk]`, u `[R, N, W, H, du]` and logits `[R, N, W, H]`.
 
         `caches` has R rows, or R * N rows of one grid segment each when every segment has memories of its own.
-        `routes` holds the choices of earlier layers of this forward.
+        `routes` holds the choices of earlier layers of this forward. `scale`: see `memories.mix_answers`.
         """
         if not self.uses_cache:
             return trace.online
@@ -52,7 +53,8 @@ class Aggregation:
 
         if not self.uses_gates:
             visible = caches.visible()
-            total = fold(trace.online) + self.memory.constant_read(fold(q), caches.states, visible)
+            past = self.memory.constant_read(fold(q), caches.states, visible)
+            total = fold(trace.online) + (past if scale is None else scale[:, None].to(past.dtype) * past)
             if self.kind == "mean":
                 total = total / (visible.sum(-1) + 1).to(total.dtype)[:, :, None, None, None]
             return total.reshape(*grid, *total.shape[2:])
@@ -67,7 +69,7 @@ class Aggregation:
             past, online_gate = self._select(fold(q), fold(u), caches, *gating, routes)
         else:
             past, online_gate = self.memory.gated_read(fold(q), fold(u), caches.states, caches.summaries, *gating)
-        total = past + online_gate[..., None].to(past.dtype) * fold(trace.online)
+        total = mix_answers(past, online_gate, fold(trace.online), scale)
         return total.reshape(*grid, *total.shape[2:])
 
     def _soup(self, q, u, trace, caches, gating, fold):
@@ -75,7 +77,7 @@ class Aggregation:
         x = q
         for index in range(self.memory.num_maps):
             past, online_gate = self.memory.map_read(index, fold(x), u, caches.states, caches.summaries, *gating)
-            mixed = past + online_gate[..., None].to(past.dtype) * fold(trace.read_map(index, x))
+            mixed = mix_answers(past, online_gate, fold(trace.read_map(index, x)), None)
             mixed = mixed.reshape(*q.shape[:2], *mixed.shape[2:])
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
         return self.memory.finish(q, x)
@@ -106,12 +108,14 @@ class Aggregation:
         visible: torch.Tensor | None,
         routes: dict,
         time: int,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row; `time` tells the tokens of one forward apart in `routes`.
 
         Args:
             q, u: `[B, H, d]`. online: the state that already holds the token. online_logit: `[B, H]`.
             kept: S cached memories per row. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool, those it may read.
+            scale: `[H]` or None, see `memories.mix_answers`.
         """
         memory, online = self.memory, online[: self.memory.num_read]
         if not self.uses_gates:
@@ -120,12 +124,13 @@ class Aggregation:
                 return answer
             weight, q = visible.to(answer.dtype), answer if memory.own_gates else q
             past = torch.einsum("bs,bshv->bhv", weight, memory.read_cached(kept.all(), q[:, None]))
+            past = past if scale is None else scale[:, None] * past
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
         index = routes.get(time) if self.shares_routes else None
         gating = (summaries, visible, index, self.top_k if self.kind == "ssc" else 0, self.gate_function)
         if self.kind == "soup":
             return memory.token_soup(q, u, online, online_logit, kept, *gating)
-        out, index = memory.token_read(q, u, online, online_logit, kept, *gating)
+        out, index = memory.token_read(q, u, online, online_logit, kept, *gating, scale)
         if self.shares_routes:
             routes[time] = index
         return out

@@ -214,7 +214,8 @@ class MCCache(DynamicCache):
             if is_memory_layer(layer):
                 kept = layer.kept_device or device
                 layer.tensors = {n: t.to(kept) if n.startswith(("kept.", "scale.")) else t for n, t in parts.items()}
-                layer.signature, layer.num_tokens = about["signature"], about["num_tokens"]
+                signature = {"online_memory": "segment"} | about["signature"]  # which earlier files lack
+                layer.signature, layer.num_tokens = signature, about["num_tokens"]
                 layer.lazy_initialization(parts["state.0"])
             else:
                 layer.lazy_initialization(parts["keys"], parts["values"])
@@ -244,10 +245,12 @@ class MCCache(DynamicCache):
         config = model.config
         fits = config.state_init == "independent" and config.segmentation == "constant"
         fits = fits and config.aggregation != "none" and config.max_cached_segments is None
+        fits = fits and config.online_memory == "segment"  # one memory of both texts cannot be made of two
         if not fits or set(config.layer_types) != {LAYER_TYPE}:
             raise ValueError(
                 "MCCache.cat needs memory_caching layers only, an aggregation other than 'none', "
-                "state_init='independent', segmentation='constant' and max_cached_segments=None"
+                "state_init='independent', online_memory='segment', segmentation='constant' and "
+                "max_cached_segments=None"
             )
         layers = [cache.layers for cache in caches]
         if not caches or any(

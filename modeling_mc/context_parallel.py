@@ -60,6 +60,7 @@ def check_shards(config: MCConfig, num_tokens: int, **given) -> None:
     needed = {
         "layer_types": (set(config.layer_types) == {LAYER_TYPE}, f"only {LAYER_TYPE!r}"),
         "aggregation": (config.aggregation != "none", "any but 'none', which is one endless segment"),
+        "online_memory": (config.online_memory == "segment", "'segment'"),
         "state_init": (config.state_init == "independent", "'independent'"),
         "segmentation": (config.segmentation == "constant", "'constant'"),
         "cache_eviction": (config.max_cached_segments is None or config.cache_eviction == "oldest", "'oldest'"),

@@ -25,7 +25,7 @@ class FenwickHistory(History):
         return self.num_levels(num_tokens, True)
 
     def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
-        known = layer.group("state")[0].shape[1]
+        known = layer.group("state")[0].shape[1] - self.lead
         super().grow(layer, num_tokens)
         if self.num_blocks > 1 and "sums" in layer.tensors:
             # a new level has sub-blocks twice as long as those of the level that it is copied from

@@ -83,6 +83,8 @@ class History:
     def __init__(self, config, memory: Memory, carry: bool) -> None:
         self.memory, self.carry, self.borders = memory, carry, Borders.of(config)
         self.keeps = config.aggregation != "none"
+        # levels in front of the others: with online_memory="running" one, whose memory never starts anew
+        self.lead = int(config.online_memory == "running")
         self.num_blocks = config.summaries_per_segment
         self.max_segments: int | None = config.max_cached_segments
 
@@ -116,7 +118,7 @@ class History:
         state = self.memory.initial_state(rows, device, dtype)
         layer.put("position", torch.zeros(rows, dtype=torch.int64, device=device))
         for i, part in enumerate(state):
-            layer.put(f"state.{i}", part[:, None])
+            layer.put(f"state.{i}", part[:, None].expand(-1, self.lead + 1, *part.shape[1:]))
             if self.keeps and i < self.memory.num_read:
                 layer.put(f"kept.{i}", torch.zeros_like(part)[:, None])
         if sums_shape is not None:
@@ -127,7 +129,9 @@ class History:
         """Make room for `num_tokens` more tokens: slots, and levels, which start as copies of the endless top one."""
         total = layer.bound(num_tokens)
         layer.extend(("kept.", "scale.", "summaries"), self.num_slots(total))
-        layer.extend(("state.", "sums"), self.num_levels(total, True), copy_last=True)
+        levels = self.num_levels(total, True)
+        layer.extend(("state.",), self.lead + levels, copy_last=True)
+        layer.extend(("sums",), levels, copy_last=True)
 
     # --------------------------------------------------------------------------------------------- whole grids
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
@@ -175,8 +179,12 @@ class History:
         every = [torch.cat(pair, 1) for pair in zip(shards.earlier(*mine), mine, strict=True)]
         return tuple(every[: len(states)]), None if summaries is None else every[-1]
 
-    def leave(self, levels: list[Level], caches: Caches, layer: MCCacheLayer) -> None:
-        """Leave in the cache what the next forward needs: running states of all levels, finished segments in order."""
+    def leave(self, levels: list[Level], caches: Caches, layer: MCCacheLayer, endless: State | None = None) -> None:
+        """Leave in the cache what the next forward needs: running states of all levels, finished segments in order.
+
+        Args:
+            endless: states `[R, N, H, ...]` of the memory that never starts anew, if there is one.
+        """
         row = torch.arange(len(levels[0].table.position), device=caches.first.device)
         running: list[list[torch.Tensor]] = []
         for level in levels:
@@ -188,7 +196,12 @@ class History:
                 ends.append(rows_where(begun, level.sums[row, last], torch.zeros_like(level.sums[:, 0])))
             running.append(ends)
         names = [f"state.{i}" for i in range(len(levels[0].ends))] + ["sums"]
-        for name, parts in zip(names, zip(*running, strict=True), strict=False):
+        columns = [[*parts] for parts in zip(*running, strict=True)]
+        if endless is not None:
+            last = levels[0].table.running_index().clamp(max=levels[0].table.num_segments - 1)
+            for column, state in zip(columns, endless, strict=False):
+                column.insert(0, state[row, last])
+        for name, parts in zip(names, columns, strict=False):
             layer.put(name, torch.stack(parts, 1))
         if self.keeps:
             self._leave_finished(levels, caches, layer, row)
@@ -228,8 +241,8 @@ class History:
         real: torch.Tensor | None,
         gates: torch.Tensor | None = None,
     ) -> None:
-        """Take over states `[B, L, H, ...]` and sums of all levels that hold one more token of the rows `real` `[B]`,
-        and move the ones that are complete to the finished segments.
+        """Take over states `[B, lead + L, H, ...]` and sums `[B, L, ...]` that hold one more token of the rows `real`
+        `[B]`, and move the ones that are complete to the finished segments.
 
         Args:
             borders: of all levels. gates: `[B, H, S]`, what past segments received.
@@ -241,7 +254,8 @@ class History:
         if self.keeps:
             segment = borders.finished(position[:, None])
             slot = self._finish(layer, borders, segment, full, real, gates)
-            done = list(zip(self._names(), states[: self.memory.num_read], strict=False))
+            read = states[: self.memory.num_read]
+            done = [(name, state[:, self.lead :]) for name, state in zip(self._names(), read, strict=False)]
             if sums is not None:
                 done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(segment))))
             for name, value in done:
@@ -249,13 +263,14 @@ class History:
         running = {f"state.{i}": state for i, state in enumerate(states)}
         if not self.carry:
             fresh = self.memory.initial_state(1, position.device, states[0].dtype)
+            anew = torch.nn.functional.pad(full, (self.lead, 0))
             for (name, after), new in zip(running.items(), fresh, strict=True):
-                running[name] = slot_write(after, new[:, None], None, full, True, backend)
+                running[name] = slot_write(after, new[:, None], None, anew, True, backend)
         if sums is not None:
             running["sums"] = slot_write(sums, sums.new_zeros(()).expand_as(sums), None, full, True, backend)
         for name, after in running.items():
             if real is not None:
-                before, absent = layer.tensors[name], ~real[:, None].expand_as(full)
+                before, absent = layer.tensors[name], ~real[:, None].expand(after.shape[:2])
                 after = slot_write(after, before, None, absent, True, backend)
             layer.put(name, after)
         layer.put("position", position + (1 if real is None else real))

@@ -33,6 +33,7 @@ CACHE_FIELDS = (
     "segmentation",
     "segment_size",
     "state_init",
+    "online_memory",
     "gate_source",
     "segment_summary",
     "summaries_per_segment",
@@ -42,6 +43,11 @@ CACHE_FIELDS = (
     "max_cached_segments",
     "vector_read",
 )
+
+
+FAR = (
+    -1e4
+)  # an online logit that leaves softmax, sigmoid and relu gates of past memories as if there were no online one
 
 
 @dataclass
@@ -117,6 +123,10 @@ class MCMixer(nn.Module):
             self.g_proj = nn.Linear(width, values, bias=False)
         if config.value_skip:
             self.skip = Bias((self.num_heads,), init.ones_)
+        if config.online_gate_bias is not None:
+            self.online_bias = Bias((self.num_heads,), partial(init.constant_, val=config.online_gate_bias))
+        if config.cached_answers == "added":
+            self.cached_scale = Bias((self.num_heads,), partial(init.constant_, val=config.cached_answers_start))
         self.o_norm = make_output_norm(config)
         self.o_proj = nn.Linear(values, width, bias=False)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
@@ -185,14 +195,21 @@ class MCMixer(nn.Module):
         if before is not None:
             self.history.grow(before, table.num_tokens)
         bound = table.num_tokens if layer is None else layer.bound(table.num_tokens)
-        levels, trace, logit = [], None, None
+        levels, trace, logit, lead = [], None, None, self.history.lead
         q, u = table.to_grid(parts.q), None if parts.u is None else table.to_grid(parts.u)
         for bit in range(self.history.num_levels(bound, layer is not None)):
             coarse = table.coarser(1 << bit)
             k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
             gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
-            state = before and tuple(part[:, bit] for part in before.group("state"))
-            written = self.memory.write(coarse.to_grid(parts.q) if bit else q, k, v, gates, coarse, state, self.carry)
+            running = before and before.group("state")
+            state = before and tuple(part[:, lead + bit] for part in running)
+            inputs = (coarse.to_grid(parts.q) if bit else q, k, v, gates, coarse)
+            if lead and not bit:
+                written = self.memory.write_running(*inputs, before and tuple(part[:, 0] for part in running), state)
+                ends = written.segment_ends
+            else:
+                written = self.memory.write(*inputs, state, self.carry)
+                ends = written.ends
             trace = trace or written  # only level 0 answers
             sums = None
             if parts.u is not None:
@@ -200,17 +217,17 @@ class MCMixer(nn.Module):
                 summary = Summary(coarse.borders, self.config.summaries_per_segment)
                 earlier = before and before.tensors["sums"][:, bit]
                 online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
-                logit = online if logit is None else logit
-            levels.append(Level(coarse, written.ends, sums))
+                logit = self._online_logit(online) if logit is None else logit
+            levels.append(Level(coarse, ends, sums))
 
         def gates_received(segment: int, summaries: torch.Tensor | None, visible: torch.Tensor) -> torch.Tensor:
             tokens = (None, None) if u is None else (u[:, segment], logit[:, segment])
             return self.aggregation.gates_received(*tokens, summaries, visible)
 
         caches = self.history.caches(levels, before, gates_received)
-        out = self.aggregation.mix(q, u, trace, logit, caches, table.routes)
+        out = self.aggregation.mix(q, u, trace, logit, caches, table.routes, self._cached_scale(compute_dtype(q)))
         if layer is not None:
-            self.history.leave(levels, caches, layer)
+            self.history.leave(levels, caches, layer, trace.ends if lead else None)
         return table.from_grid(out)
 
     # ------------------------------------------------------------------------------------------------ token by token
@@ -234,7 +251,7 @@ class MCMixer(nn.Module):
         """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
         running = layer.group("state")
         levels = running[0].shape[1]
-        borders = table.borders.levels(levels, layer.position.device)
+        borders = table.borders.levels(levels - self.history.lead, layer.position.device)
 
         def each(x: torch.Tensor) -> torch.Tensor:
             return x[:, None].expand(-1, levels, *x.shape[1:]).flatten(0, 1)
@@ -250,7 +267,8 @@ class MCMixer(nn.Module):
         )
         online = tuple(s[:, 0] for s in states)
         q = parts.q.to(online[0].dtype)
-        out = self.aggregation.mix_token(q, parts.u, online, logit, kept, summaries, visible, table.routes, time)
+        read = (parts.u, online, logit, kept, summaries, visible, table.routes, time, self._cached_scale(q.dtype))
+        out = self.aggregation.mix_token(q, *read)
         gates = None
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
@@ -262,7 +280,17 @@ class MCMixer(nn.Module):
         """Sums `[B, L, H, m, du]` with the new token, and the online logit `[B, H]` from those of level 0."""
         summary, offset = Summary(borders, self.config.summaries_per_segment), borders.offset(layer.position[:, None])
         sums = summary.add(layer.tensors["sums"], parts.source, offset)
-        return sums, summary.token(parts.u, sums, offset)
+        return sums, self._online_logit(summary.token(parts.u, sums, offset))
+
+    def _online_logit(self, logit: torch.Tensor) -> torch.Tensor:
+        """The online memory's logit `[..., H]` as the gates take it, from <u_t, its summary>."""
+        if hasattr(self, "cached_scale"):  # no part in the gates: they are made among finished segments
+            return torch.full_like(logit, FAR)
+        return logit + self.online_bias(logit.dtype) if hasattr(self, "online_bias") else logit
+
+    def _cached_scale(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """`[H]`, see `memories.mix_answers`."""
+        return self.cached_scale(dtype) if hasattr(self, "cached_scale") else None
 
     def _reference(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """`_tokens` without a cache, document by document."""

@@ -134,6 +134,8 @@ class MCPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
             self._keep_in_fp32_modules_strict += memory.fp32_parameters_for(config)
             self._keep_in_fp32_modules_strict += ["skip"] if config.value_skip else []
+            self._keep_in_fp32_modules_strict += ["online_bias"] if config.online_gate_bias is not None else []
+            self._keep_in_fp32_modules_strict += ["cached_scale"] if config.cached_answers == "added" else []
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

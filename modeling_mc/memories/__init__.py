@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """The base memories by name. A new one costs its file and one line here."""
 
-from .base import Bias, Memory, State, Trace
+from .base import Bias, Memory, State, Trace, mix_answers
 from .dla import DLAMemory
 from .gated_delta import GatedDeltaMemory
 from .gated_linear import GatedLinearMemory
@@ -27,4 +27,4 @@ MEMORIES: dict[str, type[Memory]] = {
     "titans": TitansMemory,
 }
 
-__all__ = ["MEMORIES", "Bias", "Memory", "State", "Trace"]
+__all__ = ["MEMORIES", "Bias", "Memory", "State", "Trace", "mix_answers"]

@@ -6,7 +6,7 @@ To add a memory, write one file with a subclass and register it by one line in `
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -28,14 +28,30 @@ class Trace:
     Attributes:
         online: `[R, N, W, H, dv]`, M_t(q_t), the answer of the memory that holds the tokens up to and with t.
         ends: the full state after every grid segment, tensors `[R, N, H, ...]`.
+        segment_ends: those of the segments' own memories, where the online one never starts anew (`write_running`).
     """
 
     online: torch.Tensor
     ends: State
+    segment_ends: State | None = field(default=None, init=False)
 
     def read_map(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The online memory's linear map number `index` alone, on one input per slot `[R, N, W, H, *]`."""
         raise NotImplementedError
+
+
+def mix_answers(
+    past: torch.Tensor, online_gate: torch.Tensor, online: torch.Tensor, scale: torch.Tensor | None
+) -> torch.Tensor:
+    """The answer of a token from the weighed answers of finished segments and the online one, `[..., H, dv]`.
+
+    Args:
+        online_gate: `[..., H]` (eq. 9). scale: `[H]`, cached_answers="added": what the cached answers are multiplied
+            with before they are added, and the online answer counts as it is; None = eq. 9.
+    """
+    if scale is None:
+        return past + online_gate[..., None].to(past.dtype) * online
+    return online + scale[:, None].to(past.dtype) * past
 
 
 class Bias(nn.Module):
@@ -204,15 +220,31 @@ class Memory(nn.Module):
         """The same of a finished segment's memory, for memories that answer differently then (`own_gates`)."""
         return self.read(state, q)
 
-    def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
+    def write_running(self, q, k, v, gates, table: SegmentTable, running: State | None, state: State | None) -> Trace:
+        """Write a grid into a memory that never starts anew and, apart from it, into those of its segments.
+
+        Args:
+            running: where the first begins, tensors `[R, H, ...]`; None = M_0. state: where the segment of the first
+                grid segment begins. The others: as in `write`.
+
+        Returns:
+            what the running memory leaves (its answers and its states at the segments' ends), with the `ends` of
+            the segments' own memories in `Trace.segment_ends`.
+        """
+        trace = self.write(q, k, v, gates, table, running, True)
+        trace.segment_ends = self.write(q, k, v, gates, table, state, False).ends
+        return trace
+
+    def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function, scale=None):
         """Answers of one token per row from its running state and the kept ones, and the slots that were read; see
-        `kernels.step.decode`. online: the leading tensors of the running state. kept: `cache.Kept`."""
+        `kernels.step.decode`. online: the leading tensors of the running state. kept: `cache.Kept`. scale: see
+        `mix_answers`."""
         answer = self.read(online, q)
         q = answer if self.own_gates else q
         gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
         states = kept.all() if index is None else kept.chosen(index)
         past = torch.einsum("bhs,bshv->bhv", gates, self.read_cached(states, q[:, None]))
-        return past + online_gate[..., None] * answer, index
+        return mix_answers(past, online_gate, answer, scale), index
 
     def token_soup(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
         """Memory Soup for one token per row, eq. 15 letter by letter: answers of one set of mixed parameters per row.

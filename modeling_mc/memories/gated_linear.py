@@ -17,6 +17,7 @@ class GatedLinearMemory(MatrixMemory):
     gate_names = ("a",)
     gate_bias = {"a": 4.0}  # decay near 1 at the start: 0.982 a token
     own_fields = ("gate_form",)
+    scalar_decay = True
 
     def __init__(self, config) -> None:
         super().__init__(config)

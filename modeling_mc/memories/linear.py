@@ -5,4 +5,4 @@ from .matrix import MatrixMemory
 
 
 class LinearMemory(MatrixMemory):
-    pass
+    scalar_decay = True

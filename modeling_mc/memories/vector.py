@@ -90,6 +90,8 @@ class VectorMemory(Memory):
     @classmethod
     def check(cls, config) -> None:
         cls.check_square(config)
+        if config.vector_read == "add" and config.online_gate_bias is not None:
+            config.refuse("online_gate_bias", "None with vector_read='add', whose gates belong to the memory")
 
     def init_weights(self) -> None:
         for part in self.children():
