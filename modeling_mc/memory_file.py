@@ -11,11 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..configuration_mc import MCConfig
+
 
 FILE = "memory.safetensors"
 FORMAT = 1
-# Config entries that do not change what a model writes into its memory. A field that is new in MCConfig has to be left
-# out of the fingerprint where it has its default, or files of earlier versions would be refused.
+# config entries that do not change what a model writes into its memory
 IRRELEVANT = {
     "_name_or_path",
     "architectures",
@@ -31,6 +32,9 @@ IRRELEVANT = {
     "output_hidden_states",
     "tie_word_embeddings",
 }
+# Fields that an earlier version did not have: where they have their defaults they do not count, or its files would be
+# refused.
+LATER_FIELDS = ("online_memory", "online_gate_bias", "cached_answers", "cached_answers_start")
 # written as if they were not set, and read both ways: files of earlier versions say how they were set
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLES = 256  # values per parameter that enter the fingerprint
@@ -40,6 +44,9 @@ def fingerprints(model: nn.Module) -> tuple[str, str]:
     """Hashes of a model's config and weights: names, shapes and up to 256 evenly spaced values per parameter. The
     first one is written; files of earlier versions may hold the second, in which special tokens count."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in IRRELEVANT}
+    for name in LATER_FIELDS:
+        if config[name] == MCConfig.__dataclass_fields__[name].default:
+            del config[name]
     return _hash(model, config | dict.fromkeys(TOKEN_IDS)), _hash(model, config)
 
 
