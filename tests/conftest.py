@@ -1,6 +1,10 @@
-"""Seeds, one thread per worker, no network, and repeatable random examples for every test."""
+"""For every test: seeds, one thread per worker, no network, Triton in its interpreter, repeatable random examples."""
 
 import os
+
+
+# Triton chooses between compiler and interpreter when it is imported, which the next imports may do
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import pytest

@@ -2,12 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
 from torch import nn
 
 from mc_transformers import MCConfig, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.kernels.read.gates import CONSTANT, GATE_FUNCTIONS
+from mc_transformers.kernels.shared.ops import HAS_TRITON, triton_interpreted
 from mc_transformers.modeling_mc.memories import MEMORIES
 
 
@@ -29,6 +31,10 @@ SMALL = {
 MEMORY_NAMES = list(MEMORIES)
 GATE_NAMES = [name for name in GATE_FUNCTIONS if name != CONSTANT]
 ONE_MAP_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1]  # soup is GRM for them
+# conftest.py asks for the interpreter
+with_triton = pytest.mark.skipif(
+    not HAS_TRITON or not triton_interpreted(), reason="needs Triton in its interpreter (TRITON_INTERPRET=1)"
+)
 
 
 def small_config(memory: str = "linear", **overrides) -> MCConfig:
@@ -111,6 +117,10 @@ def build(
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,13 +1,9 @@
 """The room of gates: every function's value and derivative, the logits and the choice, and names that are refused."""
 
-import os
-
 import pytest
 import torch
-from test_kernels_torch import READS, naive_read, randn, read_inputs, visible_to
-from test_kernels_torch import check as check_op
 
-from helpers import GATE_NAMES, assert_close, small_config
+from helpers import GATE_NAMES, assert_close, randn, with_triton
 from mc_transformers import MCConfig
 from mc_transformers.kernels.read.deep import deep_read, deep_read_op
 from mc_transformers.kernels.read.gates import (
@@ -25,21 +21,12 @@ from mc_transformers.kernels.read.gates import (
     token_gates,
 )
 from mc_transformers.kernels.read.segment import segment_read, segment_read_op
-from mc_transformers.kernels.shared.ops import HAS_TRITON
 from mc_transformers.kernels.step.decode import decode_step, decode_step_op
+from op_inputs import READS, check, compare, naive_read, read_inputs, rms_ratio, to_dtype, token_inputs, visible_to
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
 ALL_NAMES = list(GATE_FUNCTIONS)
 IN_TRITON = [name for name, function in GATE_FUNCTIONS.items() if function.triton]
-
-
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="starts the process with Triton's interpreter")
-def test_in_the_interpreter():
-    from test_triton import run_interpreted
-
-    run_interpreted("triton", __file__)
 
 
 # ------------------------------------------------------------------------------------------------------ the functions
@@ -168,7 +155,7 @@ def naive_gated(name):
 def test_segment_read_with_relu(case):
     """The others are in the op's own tests."""
     inputs = read_inputs(**READS[case])
-    check_op(lambda *x: segment_read(*x, "relu"), naive_gated("relu"), [*inputs])
+    check(lambda *x: segment_read(*x, "relu"), naive_gated("relu"), [*inputs])
 
 
 def test_the_oracle_of_relu_is_that_of_the_others():
@@ -194,7 +181,7 @@ def test_deep_read_with_relu():
         answers = q[..., None, :] + normed * scale[:, None] + shift[:, None]
         return (past[..., None] * answers).sum(-2), online
 
-    check_op(lambda *x: deep_read(*x, "relu"), naive, deep_inputs(), 1e-8)
+    check(lambda *x: deep_read(*x, "relu"), naive, deep_inputs(), 1e-8)
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
@@ -207,9 +194,10 @@ def calls(name: str) -> dict:
         "deep_read": (deep_read, deep_read_op, [*deep_inputs(), name]),
         "decode_step": (decode_step, decode_step_op, token),
     }
-    single = [(a, b, [x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in c])
-              for a, b, c in inputs.values()]  # fmt: skip
-    return dict(zip(inputs, single, strict=True))
+    return {
+        op: (function, registered, to_dtype(given, torch.float32))
+        for op, (function, registered, given) in inputs.items()
+    }
 
 
 @pytest.mark.parametrize("op", calls("softmax"))
@@ -255,8 +243,8 @@ def test_a_config_refuses_what_triton_lacks(without_kernel):
         MCConfig(gate_function="plain", mc_backend="triton")
 
 
-# ----------------------------------------------------------------------------------- in the interpreter's process
-@inside
+# -------------------------------------------------------------------------------------------------------------- Triton
+@with_triton
 @pytest.mark.parametrize("name", ["nonsense", "plain", CONSTANT])
 @pytest.mark.parametrize("op", calls("softmax"))
 def test_triton_ops_refuse(op, name, without_kernel):
@@ -266,11 +254,9 @@ def test_triton_ops_refuse(op, name, without_kernel):
             call(*inputs, "triton")
 
 
-@inside
+@with_triton
 @pytest.mark.parametrize("case", ["plain", "sub-blocks", "packed", "shut"])
 def test_triton_segment_read_with_relu(case):
-    from test_triton import compare
-
     inputs = read_inputs(**READS.get(case, {}))
     if case == "shut":  # some tokens have no positive logit: those of their segment, and the online one
         inputs[3].abs_()
@@ -283,31 +269,20 @@ def test_triton_segment_read_with_relu(case):
         compare(lambda *x, backend: segment_read(*x, "relu", backend), tensors, (0, 1), dtype)
 
 
-@inside
+@with_triton
 def test_triton_deep_read_with_relu():
-    from test_triton import compare
-
     compare(lambda *x, backend: deep_read(*x, "relu", backend), deep_inputs(), (0, 1), torch.float32)
 
 
-@inside
+@with_triton
 @pytest.mark.parametrize("fields", [{}, {"memories": 40}, {"top_k": 2}, {"top_k": 2, "given": True}, {"blocks": 2}])
 def test_triton_decode_step_with_relu(fields):
-    from test_triton import rms_ratio, token_inputs
-
     inputs, exact = token_inputs(**fields, function="relu")
     for sign in (1, -1):  # the second time most rows have no positive logit
         for x in (inputs, exact):
             x[1], x[3], x[6] = sign * x[1].abs(), sign * x[3].abs(), x[6].abs()
         out, _ = decode_step(*inputs, "triton")
         assert rms_ratio(out, decode_step(*exact, "torch")[0]) < 1e-5
-
-
-@inside
-def test_triton_model_with_relu():
-    from test_triton import compare_models
-
-    compare_models(small_config("gated_linear", gate_function="relu"))
 
 
 def test_every_function_that_has_kernels_is_tested_there():

@@ -1,11 +1,9 @@
 """DLA and Titans: the closed form against gradients by autograd token by token, the reads, and that memories learn."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
-from test_kernels_torch import read_inputs
 from torch.nn import functional as F
 
 from helpers import assert_close, build, small_config, tokens
@@ -206,122 +204,6 @@ def test_work_may_be_cut_anywhere(monkeypatch, aggregation):
         monkeypatch.setattr(module, name, 1)
     for actual, wanted in zip(run(), expected, strict=True):
         assert_close(actual, wanted, 1e-10)
-
-
-# ----------------------------------------------------------------------------------------------------- gradchecks
-def write_arguments(parts: int, norm: bool, resumed: bool, read: int, run: torch.Tensor) -> list:
-    rows, chunks, size, heads, d, h = 2, 2, 2, 1, 3, 4
-    tokens_of = (rows, chunks * size, heads)
-    start = randn(rows, heads, d, h), randn(rows, heads, h, d)
-    maps = [*start, *(randn(*x.shape) if resumed else None for x in start)]
-    maps += [randn(*x.shape, scale=0.1) if parts > 1 else None for x in start]
-    return [
-        randn(*tokens_of, h if read == 1 else d),
-        randn(*tokens_of, d),
-        randn(*tokens_of, d),
-        randn(rows, chunks, heads, size, size, scale=0.1).tril(),
-        torch.rand(rows, chunks, heads, size, parts, dtype=torch.float64) if parts > 1 else None,
-        torch.rand(rows, chunks, heads, size, parts, dtype=torch.float64) / 10,
-        torch.rand(rows, chunks, heads, parts, parts, dtype=torch.float64).triu() if parts > 1 else None,
-        *maps,
-        *((randn(heads, d) + 1, randn(heads, d)) if norm else (None, None)),
-        run,
-        torch.tensor([1, 0])[: len(run)],
-    ]
-
-
-def gradcheck(op, arguments: list, *rest) -> None:
-    given = [x.requires_grad_() if x is not None and x.is_floating_point() else x for x in arguments]
-    assert torch.autograd.gradcheck(lambda *x: op(*x, *rest), given, fast_mode=True)
-
-
-@pytest.mark.parametrize("read", [writes.ANSWER, 0, 1, writes.NOTHING])
-@pytest.mark.parametrize("loss", ["dot", "l2"])
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize(
-    ("parts", "resumed", "run"), [(1, False, [0, 0]), (2, False, [0, 0]), (2, True, [0, 0]), (2, True, [1])], ids=str
-)
-def test_gradcheck_of_the_write(monkeypatch, parts, resumed, run, norm, loss, read):
-    monkeypatch.setattr(writes, "BUDGET", 1)
-    op = partial(writes.deep_write, loss=loss, read=read)
-    gradcheck(op, write_arguments(parts, norm, resumed, read, torch.tensor(run)))
-
-
-def deep_read_arguments(norm: bool, **sizes) -> list:
-    """q, u, W2, W1, summaries, logit, scale, shift, birth and first."""
-    q, u, states, summaries, logit, birth, first = read_inputs(rows=2, heads=2, key=3, value=4, **sizes)
-    w1 = randn(*states.shape[:3], 4, 3)
-    return [q, u, states, w1, summaries, logit, *((randn(2, 3), randn(2, 3)) if norm else (None, None)), birth, first]
-
-
-def naive_answers(q, w2, w1, scale, shift) -> torch.Tensor:
-    """M_i(q_t) `[R, N, W, H, S, d]`."""
-    r = torch.einsum("rnwhd,rshde->rnwhse", q, w2)
-    r = torch.einsum("rnwhse,rshed->rnwhsd", F.gelu(r), w1)
-    if scale is not None:
-        r = F.layer_norm(r, r.shape[-1:], eps=1e-6) * scale[:, None] + shift[:, None]
-    return q[..., None, :] + r
-
-
-def visible_of(birth, first) -> torch.Tensor:
-    """`[R, N, S]`."""
-    rank, slot = torch.arange(first.shape[1]), torch.arange(birth.shape[1])
-    return (birth[:, None] <= rank[:, None]) & (slot >= first[..., None])
-
-
-@pytest.mark.parametrize("function", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-@pytest.mark.parametrize("sizes", [{}, {"blocks": 2, "packed": True}, {"cached": 0, "num": 1}], ids=str)
-def test_deep_read(sizes, norm, function):
-    arguments = deep_read_arguments(norm, **sizes)
-    q, u, w2, w1, summaries, logit, scale, shift, birth, first = arguments
-    scores = torch.einsum("rnwhd,rshmd->rnwhsm", u, summaries).amax(-1)
-    scores = scores.masked_fill(~visible_of(birth, first)[:, :, None, None], float("-inf"))
-    every = torch.cat([scores, logit[..., None]], -1)
-    gates = every.softmax(-1) if function == "softmax" else every.sigmoid()
-    past = (gates[..., :-1, None] * naive_answers(q, w2, w1, scale, shift)).sum(-2)
-    out, online = reads.deep_read(*arguments, function)
-    assert_close(out, past, 1e-10)
-    assert_close(online, gates[..., -1], 1e-10)
-    gradcheck(reads.deep_read, arguments, function)
-
-
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_deep_constant_read(norm):
-    q, _, w2, w1, _, _, scale, shift, birth, first = deep_read_arguments(norm, packed=True)
-    visible = visible_of(birth, first)
-    expected = (naive_answers(q, w2, w1, scale, shift) * visible[:, :, None, None, :, None]).sum(-2)
-    assert_close(reads.deep_constant_read(q, w2, w1, scale, shift, visible), expected, 1e-10)
-    gradcheck(reads.deep_constant_read, [q, w2, w1, scale, shift, visible])
-
-
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_deep_selected_read(norm):
-    q, _, w2, w1, _, _, scale, shift, *_ = deep_read_arguments(norm)
-    index = torch.randint(-1, w2.shape[1], (*q.shape[:-1], 3))
-    weights = torch.rand(index.shape, dtype=torch.float64) * (index >= 0)
-    every = naive_answers(q, w2, w1, scale, shift)
-    chosen = every.gather(-2, index.clamp(min=0)[..., None].expand(*index.shape, q.shape[-1]))
-    assert_close(
-        reads.deep_selected_read(q, weights, w2, w1, scale, shift, index), (weights[..., None] * chosen).sum(-2), 1e-10
-    )
-    keep = (index >= 0).double()  # a weight without a memory has no gradient that means anything
-    gradcheck(lambda q, w, *x: reads.deep_selected_read(q, w * keep, *x, index), [q, weights, w2, w1, scale, shift])
-
-
-def test_opcheck():
-    """Schema, fake tensors, autograd registration, and tracing with dynamic shapes."""
-    q, u, w2, w1, summaries, logit, scale, shift, birth, first = deep_read_arguments(True)
-    index = torch.zeros(*q.shape[:-1], 1, dtype=torch.int64)
-    calls = (
-        (writes.deep_write_op, *write_arguments(2, True, True, writes.ANSWER, torch.tensor([1])), "l2", writes.ANSWER),
-        (reads.deep_read_op, q, u, w2, w1, summaries, logit, scale, shift, birth, first, "softmax"),
-        (reads.deep_constant_read_op, q, w2, w1, scale, shift, visible_of(birth, first)),
-        (reads.deep_selected_read_op, q, randn(*index.shape), w2, w1, scale, shift, index),
-    )
-    for op, *arguments in calls:
-        given = (x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments)
-        torch.library.opcheck(op, tuple(given))
 
 
 # ------------------------------------------------------------------------------------------------------- learning

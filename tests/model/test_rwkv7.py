@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from test_kernels_torch import randn
 
-from helpers import assert_close, build, small_config, tokens
+from helpers import assert_close, build, randn, small_config, tokens
 from mc_transformers import MCForCausalLM
 from mc_transformers.modeling_mc.memories import MEMORIES
 from mc_transformers.modeling_mc.segments import SegmentTable

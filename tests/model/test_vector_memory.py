@@ -7,12 +7,9 @@ import torch
 from test_equations import check as check_against_reference
 from torch import nn
 
-from helpers import assert_close, build, family, name_of, small_config, tokens
+from helpers import assert_close, build, family, name_of, randn, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
-from mc_transformers.kernels.read.vector import gated_sum, gated_sum_op
-from mc_transformers.kernels.shared.ops import NAMESPACE
-from mc_transformers.kernels.write.recurrent import recurrence, recurrence_torch
 from mc_transformers.modeling_mc.aggregation import Aggregation
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.history import Caches
@@ -23,10 +20,6 @@ from mc_transformers.modeling_mc.segments import SegmentTable
 
 HEADS, WIDTH, SEGMENT = 2, 8, 8
 FUSED = {"lstm": (nn.LSTM, nn.LSTMCell, 4), "gru": (nn.GRU, nn.GRUCell, 3)}
-
-
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def memory_of(name: str, **fields):
@@ -127,44 +120,10 @@ def test_initial_weights():
 
 
 # ------------------------------------------------------------------------------------- the fused RNNs as an op
-def recurrence_inputs(lstm: bool, empty: bool) -> list:
-    x, gates = randn(2, 4, 3), 4 if lstm else 3
-    weights = [randn(gates * 2, 3), randn(gates * 2, 2), randn(gates * 2), randn(gates * 2)]
-    slots = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]]).bool() if empty else None
-    return [x, *weights, randn(2, 2), randn(2, 2) if lstm else None, slots]
 
 
 def with_gradients(inputs: list) -> list:
     return [x.detach().clone().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
-
-
-RECURRENCES = {"lstm": (True, False), "lstm-with-empty-slots": (True, True), "gru": (False, False)}
-
-
-@pytest.mark.parametrize("case", RECURRENCES)
-def test_recurrence_op(case):
-    """What the compiler gets: registration, and the same gradients as plain autograd."""
-    op, inputs = getattr(torch.ops, NAMESPACE).recurrence, recurrence_inputs(*RECURRENCES[case])
-    torch.library.opcheck(op.default, tuple(with_gradients(inputs)))
-    assert torch.autograd.gradcheck(op, with_gradients(inputs))
-    results = []
-    for function in (op, recurrence_torch):
-        trained = with_gradients(inputs)
-        out = function(*trained)
-        total = out[0].sin().sum() + out[1].cos().sum()
-        floats = [x for x in trained if torch.is_tensor(x) and x.requires_grad]
-        results.append((*out, *torch.autograd.grad(total, floats)))
-    for actual, expected in zip(*results, strict=True):
-        if expected.numel():
-            assert_close(actual, expected, 1e-10)
-
-
-def test_an_empty_slot_leaves_the_cell_exactly_as_it_is():
-    for dtype in (torch.float32, torch.bfloat16):
-        x, *rest = [None if x is None else x.to(dtype) for x in recurrence_inputs(True, False)]
-        weights, (hidden, cell, _) = rest[:4], rest[4:]
-        empty = torch.ones(2, 4, dtype=torch.bool)
-        assert torch.equal(recurrence(x, weights, hidden, cell, empty)[1], cell.float())
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -293,30 +252,6 @@ def test_the_other_read_refuses_the_cache():
 
 
 # --------------------------------------------------------------------------------------------- the gated sum's op
-def sum_inputs() -> tuple:
-    visible = torch.tensor([[[0, 0, 0], [1, 0, 0], [1, 1, 0]], [[0, 0, 0], [0, 0, 1], [0, 1, 1]]]).bool()
-    return randn(2, 3, 2, 2, 3), randn(2, 3, 2, 3), randn(2, 3, 2, 3), visible
-
-
-def test_gated_sum():
-    x, p, h, visible = sum_inputs()
-    gates = (x[:, :, :, None] + p[:, None, None]).sigmoid()  # [R, N, W, S, H, d]
-    expected = (gates * h[:, None, None] * visible[:, :, None, :, None, None]).sum(3)
-    assert_close(gated_sum(x, p, h, visible), expected, 1e-12)
-    assert torch.autograd.gradcheck(gated_sum, with_gradients([x, p, h, visible]))
-    torch.library.opcheck(gated_sum_op, tuple(with_gradients([x, p, h, visible])))
-
-
-def test_gated_sum_keeps_no_gates():
-    """Between the passes there are its inputs, and nothing of size tokens x memories x width."""
-    rows, num, slots, heads, width = 1, 16, 4, 2, 8
-    x = randn(rows, num, slots, heads, width)
-    p, h = randn(rows, num, heads, width), randn(rows, num, heads, width)
-    visible = torch.ones(num, num, dtype=torch.bool).tril(-1)[None]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        gated_sum(*with_gradients([x, p, h]), visible)
-    assert 0 < sum(kept) <= x.numel() + p.numel() + h.numel() + visible.numel()
 
 
 # -------------------------------------------------------------------------------------------------------- the config

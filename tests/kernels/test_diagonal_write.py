@@ -1,13 +1,13 @@
-"""The write with a decay per channel and a probe: against the recurrence as published, and at the edge of fp32."""
+"""`diagonal_write`, with a decay per channel and a probe: the recurrence as published, and the edge of fp32."""
 
 import pytest
 import torch
-from test_kernels_torch import WRITES, check, leaves, randn, write_inputs
 from torch.nn import functional as F
 
-from helpers import relative_error
+from helpers import randn, relative_error
 from mc_transformers.kernels.write.diagonal import diagonal_write, diagonal_write_op
 from mc_transformers.kernels.write.linear import linear_write
+from op_inputs import WRITES, check, leaves, write_inputs
 
 
 FLOOR = -0.6065306597126334
