@@ -1,8 +1,8 @@
 """A real pretrained model in the family: SmolLM2-135M-Instruct, with its tokenizer and chat template.
 
     pip install -e ".[gguf]"
-    python examples/get_smollm2.py                                          # 0.7 GB in outputs/smollm2
-    python examples/get_smollm2.py --layers 9,19,29 --memory gated_linear   # also with three memory layers, 0.5 GB more
+    python examples/get_smollm2.py                                         # 0.7 GB in outputs/smollm2
+    python examples/get_smollm2.py --layers 9,19,29 --memory gated_linear  # also with three memory layers, 0.5 GB more
 
 Both together are about a minute of CPU time.
 
