@@ -4,7 +4,7 @@
     python -m benchmarks.measure.compile_table  # everything (about half an hour on one CPU core)
     python -m benchmarks.measure.compile_table --only segment_read  # the cases whose name starts so; the rest stays
     python -m benchmarks.measure.compile_table --missing  # what the table lacks, or what is launched otherwise now
-    python -m benchmarks.measure.compile_table --markdown  # the table of docs/kernels.md, from what is written
+    python -m benchmarks.measure.compile_table --markdown  # compile_table.md beside the table, from what is written
 
 The launches are the ones that the ops make: the ops run on meta tensors, and `triton_common.recorder` catches each
 kernel with its arguments. Registers and stack come from cuobjdump, tensor-core instructions from nvdisasm, both of the
@@ -33,6 +33,7 @@ from mc_transformers.kernels.shared import triton as triton_common
 
 
 TABLE = Path(__file__).parents[1] / "results" / "compile_table.json"
+PAGE = TABLE.with_suffix(".md")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -164,9 +165,12 @@ def load(path: Path = TABLE) -> dict:
 
 
 def markdown(table: dict) -> str:
-    """The table of docs/kernels.md: kernels of the preset widths on sm_90, and the worst of all cases per target."""
+    """The page beside the table: the worst of all cases per target, and kernels of the preset widths on sm_90."""
     rows = table["rows"]
     lines = [
+        "<!-- made by `python -m benchmarks.measure.compile_table --markdown` from compile_table.json -->",
+        "# Kernels compiled for GPUs that were not there",
+        "",
         f"Triton {table['triton']}; {len({(row['case'], row['kernel']) for row in rows})} kernels and shapes:",
         "",
         "| target | compiled | with spilled registers | most shared memory, KiB of | over it |",
@@ -188,7 +192,7 @@ def markdown(table: dict) -> str:
             found = [here.get((kernel, case)) for case in cases_of]
             cells = [f"{x['registers']}{'+' + str(x['stack']) if x['stack'] else ''}" if x else "" for x in found]
             lines.append(f"| `{op}` {kernel.strip('_').replace('_kernel', '')} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -197,10 +201,12 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only what the table lacks or what changed")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--output", type=Path, default=TABLE, help="rows of another Triton version are not kept there")
-    parser.add_argument("--markdown", action="store_true", help="print the committed table and compile nothing")
+    parser.add_argument("--markdown", action="store_true", help="write the page and compile nothing")
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(load()))
+        partial = PAGE.with_suffix(".partial")
+        partial.write_text(markdown(load()), encoding="utf-8")
+        partial.replace(PAGE)
     else:
         compile_all(args.only, args.targets, args.missing, args.output)
 
