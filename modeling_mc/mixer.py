@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""MCMixer: project → write → read → output, over one segment table."""
+"""Mixer: write → read, over one segment table; MCMixer: project → write → read → output."""
 
 import math
 from dataclasses import dataclass, replace
@@ -45,9 +45,7 @@ CACHE_FIELDS = (
 )
 
 
-FAR = (
-    -1e4
-)  # an online logit that leaves softmax, sigmoid and relu gates of past memories as if there were no online one
+FAR = -1e4  # an online logit that leaves gates of past memories as if there were no online one
 
 
 @dataclass
@@ -83,110 +81,30 @@ def make_history(config: MCConfig, memory: Memory, carry: bool) -> History:
     return (LeastReadHistory if bounded else History)(config, memory, carry)
 
 
-class MCMixer(nn.Module):
-    """The sequence mixer of a memory layer.
+class Mixer(nn.Module):
+    """Writes tokens into memories and reads them: all of a mixer but what stands before (`_project`) and behind it.
 
     Shapes: B rows, T tokens, H heads, dk/dv widths of keys/values, N grid segments of W slots, S memories.
     """
 
-    def __init__(self, config: MCConfig, layer_idx: int) -> None:
+    def __init__(self, config: MCConfig, layer_idx: int, memory: Memory) -> None:
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.key_dim = config.memory_heads, config.memory_key_dim
-        self.num_key_heads = config.memory_key_heads
-        self.memory = MEMORIES[config.memory](config)
-        self.value_dim = self.memory.value_dim
-        self.aggregation = Aggregation(config, self.memory)
+        self.config, self.layer_idx, self.memory = config, layer_idx, memory
+        self.num_heads, self.summary_dim = config.memory_heads, config.summary_dim
+        self.aggregation = Aggregation(config, memory)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
-        self.history = make_history(config, self.memory, self.carry)
-        width, keys, values = config.hidden_size, self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
-        chooses = self.aggregation.uses_gates and config.gate_source == "query"
-        self.projected = "qkv" if self.memory.reads_query or chooses else "kv"
-        if "q" in self.projected:
-            self.q_proj = nn.Linear(width, keys, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, values, bias=config.qkv_bias)
-        if self.aggregation.uses_gates and config.gate_source == "projection":
-            self.u_proj = nn.Linear(width, self.num_heads * config.summary_dim, bias=False)
-        for name in self.memory.gate_names:
-            shape = self.memory.gate_shape(name)
-            self.add_module(f"{name}_proj", nn.Linear(width, math.prod(shape), bias=False))
-            start = partial(init.constant_, val=self.memory.gate_bias.get(name, 0.0))
-            self.add_module(f"{name}_bias", Bias(shape, start))
-        if config.conv_kernel_size:
-            for name in self.projected:
-                channels = values if name == "v" else keys
-                size, bias = config.conv_kernel_size, config.conv_bias
-                conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
-                self.add_module(f"{name}_conv", conv)
-        if config.use_output_gate:
-            self.g_proj = nn.Linear(width, values, bias=False)
-        if config.value_skip:
-            self.skip = Bias((self.num_heads,), init.ones_)
-        if config.online_gate_bias is not None:
-            self.online_bias = Bias((self.num_heads,), partial(init.constant_, val=config.online_gate_bias))
-        if config.cached_answers == "added":
-            self.cached_scale = Bias((self.num_heads,), partial(init.constant_, val=config.cached_answers_start))
-        self.o_norm = make_output_norm(config)
-        self.o_proj = nn.Linear(values, width, bias=False)
+        self.history = make_history(config, memory, self.carry)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
             "heads": self.num_heads,
-            "key_heads": self.num_key_heads,
-            "key_dim": self.key_dim,
-            "value_dim": self.value_dim,
-            "hidden_size": width,
+            "key_heads": config.memory_key_heads,
+            "key_dim": config.memory_key_dim,
+            "value_dim": memory.value_dim,
+            "hidden_size": config.hidden_size,
         }
-
-    # ------------------------------------------------------------------------------------------------------ project
-    def _convolved(self, name: str, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
-        """One of q, k, v for compact tokens `[R, T, C]`."""
-        y = getattr(self, f"{name}_proj")(x)
-        if not self.config.conv_kernel_size:
-            return y
-        tail = None if layer is None else layer.tensors.get(f"conv.{name}")
-        y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
-        if layer is not None:
-            layer.put(f"conv.{name}", tail)
-        return F.silu(y)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
-
-    def _key_heads(self, x: torch.Tensor, table: SegmentTable) -> torch.Tensor:
-        """Queries or keys `[R, T, H, dk]` from `[R, T, key heads * dk]`."""
-        x = x.unflatten(-1, (self.num_key_heads, -1))
-        if self.config.qk_norm:
-            x = unit(x, self.config.qk_norm_eps)
-        if self.config.rope == "all":
-            x = rotate(x, table.token_position(), self.config.rope_parameters["rope_theta"])
-        shared = self.num_heads // self.num_key_heads
-        return x if shared == 1 else x.repeat_interleave(shared, -2)
-
-    def _source(self, x: torch.Tensor, k: torch.Tensor, table: SegmentTable) -> torch.Tensor:
-        """What segment descriptors average, `[R, T, H, du]`: keys, the input in heads, or where a token stands."""
-        if self.config.segment_summary == "keys":
-            return k
-        if self.config.segment_summary == "hidden":
-            return self._heads(x)
-        wave = torch.ones(k.shape, dtype=compute_dtype(k), device=k.device)
-        wave[..., k.shape[-1] // 2 :] = 0  # turned, it is the cosines and then the sines of all angles
-        return rotate(wave, table.token_position(), theta=10_000.0)
 
     def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
-        parts = {name: self._convolved(name, x, table, layer) for name in self.projected}
-        k, v = self._key_heads(parts["k"], table), self._heads(parts["v"])
-        q = self._key_heads(parts["q"], table) if "q" in parts else k.detach()
-        u = source = None
-        if self.aggregation.uses_gates:
-            u = self._heads(self.u_proj(x)) if self.config.gate_source == "projection" else q
-            source = self._source(x, k, table)
-        dtype = compute_dtype(x)
-        raw = {
-            name: getattr(self, f"{name}_proj")(x).to(dtype).unflatten(-1, self.memory.gate_shape(name))
-            + getattr(self, f"{name}_bias")(dtype)
-            for name in self.memory.gate_names
-        }
-        return Projected(q, k, v, u, source, self.memory.gates(raw, k, x))
+        """What memories and gates need of compact tokens `[R, T, hidden]`."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------------------------------------- whole sequences
     def _grid(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
@@ -234,7 +152,7 @@ class MCMixer(nn.Module):
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
         if not layer.is_initialized:
-            sums = (self.num_heads, self.config.summaries_per_segment, self.config.summary_dim)
+            sums = (self.num_heads, self.config.summaries_per_segment, self.summary_dim)
             self.history.begin(
                 layer, len(parts.q), sums if parts.u is not None else None, parts.q.device, compute_dtype(parts.q)
             )
@@ -303,7 +221,7 @@ class MCMixer(nn.Module):
             out.append(self._tokens(parts.at(slice(start, stop)), document, MCCacheLayer(), start))
         return torch.cat(out, 1)
 
-    # ------------------------------------------------------------------------------------------------------ forward
+    # ------------------------------------------------------------------------------------------------- all of it
     def _answers(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """Answers `[R, T, H, dv]` of compact tokens `[R, T, hidden]`, and their traces in the cache."""
         parts = self._project(x, table, layer)
@@ -352,9 +270,11 @@ class MCMixer(nn.Module):
         self.memory(self._answers, table.compact(hidden_states), table, layer)
         layer.update(hidden_states)
 
-    def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, cache=None) -> torch.Tensor:
-        """`[B, T, hidden]` to `[B, T, hidden]`; the table says where the tokens stand, the cache what was before."""
-        table, layer = segment_table, None
+    def answers(
+        self, hidden_states: torch.Tensor, table: SegmentTable, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compact tokens `[R, T, hidden]` of hidden states `[B, T, hidden]`, and their answers `[R, T, H, dv]`."""
+        layer = None
         if cache is not None:
             layer = cache.layers[self.layer_idx]
             layer.check(self.cache_signature, hidden_states.shape[0])
@@ -364,6 +284,105 @@ class MCMixer(nn.Module):
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
             cache.update(x, None, self.layer_idx)
+        return x, out
+
+
+class MCMixer(Mixer):
+    """The sequence mixer of a memory layer: project, convolve, write and read, norm, gate, project.
+
+    Shapes: as in `Mixer`.
+    """
+
+    def __init__(self, config: MCConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx, MEMORIES[config.memory](config))
+        self.num_key_heads = config.memory_key_heads
+        width, keys = config.hidden_size, self.num_key_heads * config.memory_key_dim
+        values = self.num_heads * self.memory.value_dim
+        chooses = self.aggregation.uses_gates and config.gate_source == "query"
+        self.projected = "qkv" if self.memory.reads_query or chooses else "kv"
+        if "q" in self.projected:
+            self.q_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, values, bias=config.qkv_bias)
+        if self.aggregation.uses_gates and config.gate_source == "projection":
+            self.u_proj = nn.Linear(width, self.num_heads * config.summary_dim, bias=False)
+        for name in self.memory.gate_names:
+            shape = self.memory.gate_shape(name)
+            self.add_module(f"{name}_proj", nn.Linear(width, math.prod(shape), bias=False))
+            start = partial(init.constant_, val=self.memory.gate_bias.get(name, 0.0))
+            self.add_module(f"{name}_bias", Bias(shape, start))
+        if config.conv_kernel_size:
+            for name in self.projected:
+                channels = values if name == "v" else keys
+                size, bias = config.conv_kernel_size, config.conv_bias
+                conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
+                self.add_module(f"{name}_conv", conv)
+        if config.use_output_gate:
+            self.g_proj = nn.Linear(width, values, bias=False)
+        if config.value_skip:
+            self.skip = Bias((self.num_heads,), init.ones_)
+        if config.online_gate_bias is not None:
+            self.online_bias = Bias((self.num_heads,), partial(init.constant_, val=config.online_gate_bias))
+        if config.cached_answers == "added":
+            self.cached_scale = Bias((self.num_heads,), partial(init.constant_, val=config.cached_answers_start))
+        self.o_norm = make_output_norm(config)
+        self.o_proj = nn.Linear(values, width, bias=False)
+
+    # ------------------------------------------------------------------------------------------------------ project
+    def _convolved(self, name: str, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
+        """One of q, k, v for compact tokens `[R, T, C]`."""
+        y = getattr(self, f"{name}_proj")(x)
+        if not self.config.conv_kernel_size:
+            return y
+        tail = None if layer is None else layer.tensors.get(f"conv.{name}")
+        y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
+        if layer is not None:
+            layer.put(f"conv.{name}", tail)
+        return F.silu(y)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def _key_heads(self, x: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+        """Queries or keys `[R, T, H, dk]` from `[R, T, key heads * dk]`."""
+        x = x.unflatten(-1, (self.num_key_heads, -1))
+        if self.config.qk_norm:
+            x = unit(x, self.config.qk_norm_eps)
+        if self.config.rope == "all":
+            x = rotate(x, table.token_position(), self.config.rope_parameters["rope_theta"])
+        shared = self.num_heads // self.num_key_heads
+        return x if shared == 1 else x.repeat_interleave(shared, -2)
+
+    def _source(self, x: torch.Tensor, k: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+        """What segment descriptors average, `[R, T, H, du]`: keys, the input in heads, or where a token stands."""
+        if self.config.segment_summary == "keys":
+            return k
+        if self.config.segment_summary == "hidden":
+            return self._heads(x)
+        wave = torch.ones(k.shape, dtype=compute_dtype(k), device=k.device)
+        wave[..., k.shape[-1] // 2 :] = 0  # turned, it is the cosines and then the sines of all angles
+        return rotate(wave, table.token_position(), theta=10_000.0)
+
+    def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
+        parts = {name: self._convolved(name, x, table, layer) for name in self.projected}
+        k, v = self._key_heads(parts["k"], table), self._heads(parts["v"])
+        q = self._key_heads(parts["q"], table) if "q" in parts else k.detach()
+        u = source = None
+        if self.aggregation.uses_gates:
+            u = self._heads(self.u_proj(x)) if self.config.gate_source == "projection" else q
+            source = self._source(x, k, table)
+        dtype = compute_dtype(x)
+        raw = {
+            name: getattr(self, f"{name}_proj")(x).to(dtype).unflatten(-1, self.memory.gate_shape(name))
+            + getattr(self, f"{name}_bias")(dtype)
+            for name in self.memory.gate_names
+        }
+        return Projected(q, k, v, u, source, self.memory.gates(raw, k, x))
+
+    # ------------------------------------------------------------------------------------------------------ forward
+    def forward(self, hidden_states: torch.Tensor, segment_table: SegmentTable, cache=None) -> torch.Tensor:
+        """`[B, T, hidden]` to `[B, T, hidden]`; the table says where the tokens stand, the cache what was before."""
+        x, out = self.answers(hidden_states, segment_table, cache)
         gate = self._heads(self.g_proj(x)) if self.config.use_output_gate else None
         out = self.o_norm(out, gate)
-        return table.expand(self.o_proj(out.flatten(-2)))
+        return segment_table.expand(self.o_proj(out.flatten(-2)))

@@ -45,7 +45,10 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
     for (_, device), mixer in mixers.items():
         kind, config = f"{mixer.config.memory} {mixer.config.aggregation} on {device}", mixer.config
         example = torch.empty(0, dtype=getattr(model, "dtype", torch.float32), device=device)
-        if choose_backend(config.mc_backend, "warmup", example, mixer.key_dim, mixer.value_dim) == "torch":
+        if (
+            choose_backend(config.mc_backend, "warmup", example, mixer.memory.key_dim, mixer.memory.value_dim)
+            == "torch"
+        ):
             logger.warning("warmup: %s runs torch (`mc_backend`=%r): nothing to compile", kind, config.mc_backend)
             continue
         start = time.perf_counter()
