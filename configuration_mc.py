@@ -127,6 +127,7 @@ class MCConfig(PreTrainedConfig):
         segment_size (`int`, defaults to `256`): tokens per segment.
         state_init (`str`, defaults to `"independent"`): "independent" (a segment starts from M_0) or "checkpoint"
             (from the last state).
+        trained_as (`str`, *optional*): the read rule of the training, where `read_as` has set another one since.
         online_memory (`str`, defaults to `"segment"`): whose answer is the online one, M_t(q_t) of eq. 9: "segment",
             the memory of the unfinished segment, as in the paper; or "running", a second memory that never starts
             anew, which is all that a model with aggregation="none" has. The finished segments are those of memories
@@ -237,6 +238,7 @@ class MCConfig(PreTrainedConfig):
     segmentation: str = "constant"
     segment_size: int = 256
     state_init: str = "independent"
+    trained_as: str | None = None
     online_memory: str = "segment"
     online_gate_bias: float | int | None = None
     cached_answers: str = "mixed"

@@ -45,6 +45,7 @@ setup(
         "mc_transformers.conversion",
         "mc_transformers.conversion.sources",
         "mc_transformers.hub",
+        "mc_transformers.training",
         "mc_transformers.cli",
     ],
     package_data={"mc_transformers": ["LICENSE", "model_cards/template.md", "model_cards/presets/*.json"]},

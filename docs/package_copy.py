@@ -12,7 +12,7 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "build" / "docs" / "mc_transformers"
-PARTS = ("__init__.py", "configuration_mc.py", "modeling_mc", "kernels", "conversion", "hub", "cli")
+PARTS = ("__init__.py", "configuration_mc.py", "modeling_mc", "kernels", "conversion", "hub", "cli", "training")
 
 
 @event_priority(100)  # before mkdocstrings looks for the folder

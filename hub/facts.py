@@ -152,6 +152,9 @@ def architecture(config: MCConfig) -> dict[str, str]:
         rows["layer_types"] = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if config.aggregation != "ssc":
         del rows["num_selected_segments"]
+    for name in ("online_memory", "online_gate_bias", "cached_answers", "trained_as"):
+        if getattr(config, name) != MCConfig.__dataclass_fields__[name].default:
+            rows[name] = str(getattr(config, name))
     return rows
 
 

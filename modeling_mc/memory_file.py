@@ -24,6 +24,7 @@ IRRELEVANT = {
     "dtype",
     "mc_backend",
     "transformers_version",
+    "trained_as",
     "use_cache",
     "id2label",
     "label2id",

@@ -91,6 +91,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.memory = config, layer_idx, memory
         self.num_heads, self.summary_dim = config.memory_heads, config.summary_dim
+        self.set_read_rule()
+
+    def set_read_rule(self) -> None:
+        """Take the read rule from the config, which `MCPreTrainedModel.read_as` changes."""
+        config, memory = self.config, self.memory
         self.aggregation = Aggregation(config, memory)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, memory, self.carry)

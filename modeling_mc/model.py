@@ -1,6 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """The Transformers model family: MCModel and its heads."""
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -136,6 +137,48 @@ class MCPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules_strict += ["skip"] if config.value_skip else []
             self._keep_in_fp32_modules_strict += ["online_bias"] if config.online_gate_bias is not None else []
             self._keep_in_fp32_modules_strict += ["cached_scale"] if config.cached_answers == "added" else []
+
+    def read_as(self, aggregation: str, num_selected_segments: int | None = None) -> "MCPreTrainedModel":
+        """Read with the same weights by another rule, from now on: train dense, read sparse.
+
+        A model that was trained with "grm" reads far fewer memories as "ssc" and may lose little (docs/choosing.md).
+        `config.trained_as` keeps the rule of the training. Caches filled under another rule are refused.
+
+        Args:
+            aggregation: "grm", "soup" or "ssc" for a model with one of these; "residual" or "mean" for one without
+                gates. num_selected_segments: k of "ssc"; None = as it is.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            ValueError: the two rules need different parameters, or the config does not allow the other one.
+        """
+        config = self.config
+        for rules in (("grm", "soup", "ssc"), ("residual", "mean")):
+            if config.aggregation in rules and aggregation not in rules:
+                raise ValueError(
+                    f"read_as: `aggregation`={aggregation!r} is not possible for a model with "
+                    f"aggregation={config.aggregation!r}, allowed: {', '.join(map(repr, rules))}"
+                )
+        if config.aggregation == "none" and aggregation != "none":
+            raise ValueError(
+                f"read_as: `aggregation`={aggregation!r} is not possible for a model with aggregation='none', "
+                "allowed: load it with from_pretrained(folder, aggregation=...), which adds what is missing"
+            )
+        new = copy.deepcopy(config)
+        new.trained_as = config.trained_as or config.aggregation
+        new.aggregation = aggregation
+        new.num_selected_segments = num_selected_segments or config.num_selected_segments
+        if new.trained_as == aggregation:
+            new.trained_as = None
+        new.check()
+        for name in ("aggregation", "num_selected_segments", "trained_as"):
+            setattr(config, name, getattr(new, name))
+        for module in self.modules():
+            if isinstance(module, MCMixer):
+                module.set_read_rule()
+        return self
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

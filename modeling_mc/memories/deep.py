@@ -150,7 +150,6 @@ class DeepMemory(Memory):
         super().__init__(config)
         hidden = config.memory_expansion * self.key_dim
         self.chunk = config.memory_chunk_size
-        self.first_read = 0 if config.aggregation == "soup" else ANSWER  # soup reads map by map
         # not zero: a memory that starts at zero never learns; and not small: a first step moves the answers by about
         # eta / std^2 of their size
         start = partial(init.normal_, std=self.key_dim**-0.5)
@@ -163,6 +162,11 @@ class DeepMemory(Memory):
         cls.check_square(config)
         if config.segment_size % config.memory_chunk_size:
             config.refuse("memory_chunk_size", f"a divisor of segment_size={config.segment_size}")
+
+    @property
+    def first_read(self) -> int:
+        """What `write` answers with: the whole memory, or its first map, from which soup goes on map by map."""
+        return 0 if self.config.aggregation == "soup" else ANSWER
 
     @property
     def norm(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
