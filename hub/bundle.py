@@ -14,16 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..modeling_mc.registration import AUTO_CLASSES
 from .card import Metadata, Result, render, write_card
 from .figure import draw_memory
 from .files import new_folder, write_file
-from .flat import AUTO_MAP, ROOT, flat_files, unreachable
+from .flat import ROOT, flat_files, unreachable
 from .loading import load_model, load_tokenizer
-
-
-def auto_class_of(model: PreTrainedModel) -> str:
-    """Name of the Auto class that loads a model of this class."""
-    return next(auto for auto, target in AUTO_MAP.items() if target.endswith(f".{type(model).__name__}"))
 
 
 @cache
@@ -59,10 +55,10 @@ def write_bundle(
     results: Sequence[Result] = (),
 ) -> None:
     """Write everything that a repository of the model needs: weights, configs, tokenizer, code, card, licence."""
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, with_code=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    kind = (auto_class_of(model), tokenizer is not None, model.num_parameters())
+    kind = (AUTO_CLASSES[type(model).__name__], tokenizer is not None, model.num_parameters())
     card = render(model.config, repo_id, *kind, metadata, results, draw_memory(model.config, folder))
     write_card(folder, card, results)
 
@@ -163,7 +159,14 @@ def verify_bundle(folder: str | Path, model: PreTrainedModel) -> None:
             "CUDA_VISIBLE_DEVICES": "",
         }
         run = subprocess.run(
-            [sys.executable, "-c", _CHECK, str(place), auto_class_of(model), f"{temporary}/expected.safetensors"],
+            [
+                sys.executable,
+                "-c",
+                _CHECK,
+                str(place),
+                AUTO_CLASSES[type(model).__name__],
+                f"{temporary}/expected.safetensors",
+            ],
             cwd=temporary,
             env=environment,
             capture_output=True,

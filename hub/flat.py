@@ -12,19 +12,16 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
 
+from ..modeling_mc.registration import AUTO_CLASSES
+
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION, MODELING, COMMON = "configuration_mc", "modeling_mc.model", "kernels.shared.ops"
+HUB = "hub"  # the room of what only the package can do
 FILES = {MODELING: "modeling_mc"}  # flat names other than the dotted name with underscores
 REQUIRED = {"torch", "transformers", "huggingface_hub", "safetensors", *sys.stdlib_module_names}
-AUTO_MAP = {
-    "AutoConfig": "configuration_mc.MCConfig",
-    "AutoModel": "modeling_mc.MCModel",
-    "AutoModelForCausalLM": "modeling_mc.MCForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_mc.MCForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_mc.MCForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_mc.MCForQuestionAnswering",
-}
+AUTO_MAP = {"AutoConfig": "configuration_mc.MCConfig"}
+AUTO_MAP |= {auto_class: f"modeling_mc.{name}" for name, auto_class in AUTO_CLASSES.items()}
 
 
 def _file(module: str) -> Path | None:
@@ -67,9 +64,20 @@ def _in_try(lines: list[str], indent: int) -> list[str]:
     return [f"{margin}try:", *(f"    {line}" for line in lines), f"{margin}except ImportError:", f"{margin}    raise"]
 
 
+def _source(module: str) -> str:
+    """Source of a module without the methods that import from `hub`: in a repository Transformers' own are called."""
+    source = _file(module).read_text(encoding="utf-8")
+    lines, functions = source.splitlines(), [x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.FunctionDef)]
+    for function in sorted(functions, key=lambda node: -node.lineno):
+        relative = (x for x in ast.walk(function) if isinstance(x, ast.ImportFrom) and x.level)
+        if any(_target(module, node).split(".")[0] == HUB for node in relative):
+            del lines[function.lineno - 1 : function.end_lineno]
+    return "\n".join(lines)
+
+
 def _rewrite(module: str) -> tuple[str, list[str]]:
     """Flat source of a module, and the modules of the package that it imports."""
-    source = _file(module).read_text(encoding="utf-8")
+    source = _source(module)
     lines, needed = source.splitlines(), []
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
     for node in sorted(imports, key=lambda node: -node.lineno):  # from the end, so that line numbers stay right

@@ -9,10 +9,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_mc import PRESETS, MCConfig
 from ..modeling_mc import model as family
+from ..modeling_mc.registration import AUTO_CLASSES
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-HEADS = {name: getattr(family, name) for name in dir(family) if name.startswith(("MCModel", "MCFor"))}
+HEADS = {name: getattr(family, name) for name in AUTO_CLASSES}
 
 
 def load_config(name: str, revision: str | None = None, presets: bool = False) -> MCConfig:

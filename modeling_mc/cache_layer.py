@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
 
 from ..configuration_mc import LAYER_TYPE
 from ..kernels.step.decode import fetch
@@ -58,9 +57,6 @@ def own_layer(layer: "MCCacheLayer") -> "MCCacheLayer":
     new = kind(max_cache_len=layer.get_max_length())
     new.kept_dtype, new.kept_device, new.record_past = layer.kept_dtype, layer.kept_device, layer.record_past
     return new
-
-
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = memory_caching_mask
 
 
 class Kept:
@@ -428,6 +424,3 @@ class MCStaticCacheLayer(MCCacheLayer):
         for name, tensor in snapshot["tensors"].items():
             self._set(name, tensor)
         self.num_tokens.copy_(snapshot["num_tokens"])
-
-
-STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = MCStaticCacheLayer

@@ -3,12 +3,13 @@
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -29,11 +30,12 @@ from transformers.utils.output_capturing import capture_outputs
 from ..configuration_mc import LAYER_TYPE, MCConfig
 from .attention import make_attention, make_rotary
 from .cache import MCCache, ModelRef
-from .cache_layer import memory_caching_mask, memory_layer
-from .compat import CACHE_NAME, cache_by_any_name, enter_lora_targets, enter_names, rename_cache
+from .cache_layer import MCStaticCacheLayer, memory_caching_mask, memory_layer
+from .compat import CACHE_NAME, cache_by_any_name, rename_cache
 from .context_parallel import active_shards, check_shards
 from .memories import MEMORIES
 from .mixer import MCMixer
+from .registration import register_decoder, register_layer_type, register_lora_targets
 from .segments import SegmentTable
 
 
@@ -103,9 +105,7 @@ class MCDecoderLayer(GradientCheckpointingLayer):
 class MCPreTrainedModel(PreTrainedModel):
     """What the models of the family share: initial weights, and what Transformers asks of them.
 
-    Gate biases, decay rates and M_0 stay in fp32 when a model is loaded in half precision. `save_pretrained` and
-    `push_to_hub` write the code of the family beside the weights, so that the folder or repository also loads with
-    `trust_remote_code=True` where this package is not installed.
+    Gate biases, decay rates and M_0 stay in fp32 when a model is loaded in half precision.
     """
 
     config: MCConfig
@@ -125,11 +125,10 @@ class MCPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MCConfig, *args, **kwargs) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)
-        # the heads make their decoder through AutoModel; Transformers loads a repository's config class a second time
-        AutoModel.register(type(config), MCModel, exist_ok=True)
+        register_decoder(type(config), MCModel)
         if type(self)._auto_class is not None:  # a repository's code, to be saved beside the decoder too
             MCModel.register_for_auto_class()
-        enter_lora_targets(MC_LORA_TARGETS)
+        register_lora_targets(MC_LORA_TARGETS)
         if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
             memory = MEMORIES[config.memory]
             self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
@@ -191,6 +190,33 @@ class MCPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weight)
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights()  # memories, and their parts: each module with parameters of its own is asked
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *,
+        with_code: bool | None = None,
+        **kwargs,
+    ) -> None:
+        """`PreTrainedModel.save_pretrained`, which see, and the code of the family: the folder also loads where this
+        package is not installed, with `trust_remote_code=True`.
+
+        Args:
+            with_code: write the code. By default into every folder but those that the Trainer names `checkpoint-N`.
+        """
+        from ..hub.saving import save
+
+        save(self, save_directory, is_main_process, state_dict, push_to_hub, with_code, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options) -> CommitInfo | str:
+        """`PreTrainedModel.push_to_hub`, which see, with the code of the family, and a card where the repository has
+        none yet."""
+        from ..hub.saving import push
+
+        return push(self, repo_id, **options)
 
 
 class MCModel(MCPreTrainedModel):
@@ -497,11 +523,4 @@ class MCForQuestionAnswering(GenericForQuestionAnswering, MCPreTrainedModel):
     """MCModel with two scores `[B, T]` of every token: start and end of an answer."""
 
 
-enter_names(
-    {
-        "CAUSAL_LM": MCForCausalLM.__name__,
-        "SEQUENCE_CLASSIFICATION": MCForSequenceClassification.__name__,
-        "TOKEN_CLASSIFICATION": MCForTokenClassification.__name__,
-        "QUESTION_ANSWERING": MCForQuestionAnswering.__name__,
-    }
-)
+register_layer_type(memory_caching_mask, MCStaticCacheLayer)

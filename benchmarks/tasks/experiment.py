@@ -184,7 +184,7 @@ def save_checkpoint(
         if tokenizer is not None:
             settings.bos_token_id, settings.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with new_folder(folder, overwrite=True) as partial:
-        PreTrainedModel.save_pretrained(model, partial)  # ours would add the code: this is a folder of the package
+        model.save_pretrained(partial, with_code=False)  # a folder of the package
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         entries = [dataclasses.asdict(result) for result in results]

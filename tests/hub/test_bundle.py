@@ -201,6 +201,18 @@ def test_bundle_refuses_to_overwrite(checkpoint, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_code_is_left_out_on_demand_and_in_a_trainers_checkpoints(tmp_path):
+    """A bundle has it whatever it is called."""
+    model = build(small_config())
+    for name, options in (("checkpoint-3", {}), ("plain", {"with_code": False})):
+        model.save_pretrained(tmp_path / name, **options)
+        assert not list((tmp_path / name).glob("*.py")) and not (tmp_path / name / "LICENSE").exists()
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / name)) is mc.MCForCausalLM
+        bundle.write_bundle(model, tmp_path / name, "me/model")
+        assert (tmp_path / name / "modeling_mc.py").exists()
+
+
 def test_heads_are_bundled_too(tmp_path):
     model = mc.MCForSequenceClassification(small_config("linear", num_labels=3, pad_token_id=0)).eval()
     bundle.write_bundle(model, tmp_path, "me/scores")

@@ -1,5 +1,6 @@
 """Transformers' Trainer on these models: what users switch on works, and needs no code of their own."""
 
+import json
 import math
 
 import pytest
@@ -182,5 +183,9 @@ def test_best_model(tmp_path):
     run.train()
     best = min(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
     run.save_model(str(tmp_path / "final"))
+    with_code = [path.parent.name for path in tmp_path.rglob("modeling_mc.py")]
+    assert with_code == ["final"] and any(tmp_path.glob("checkpoint-*"))
+    for folder in tmp_path.iterdir():  # none names code that is not there
+        assert ("auto_map" in json.loads((folder / "config.json").read_text())) == (folder.name in with_code)
     again = trainer(tmp_path, MCForCausalLM.from_pretrained(tmp_path / "final"))
     assert math.isclose(again.evaluate()["eval_loss"], best, rel_tol=1e-5)
