@@ -24,7 +24,7 @@ from .loading import load_model, load_tokenizer
 
 @cache
 def code_files() -> dict[str, str]:
-    """The flat code files, made and checked once per process: every checkpoint of a training run gets them.
+    """The flat code files, made and checked once per process.
 
     Raises:
         ValueError: Transformers would not load one of the files.
@@ -158,15 +158,9 @@ def verify_bundle(folder: str | Path, model: PreTrainedModel) -> None:
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        auto_class = AUTO_CLASSES[type(model).__name__]
         run = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                _CHECK,
-                str(place),
-                AUTO_CLASSES[type(model).__name__],
-                f"{temporary}/expected.safetensors",
-            ],
+            [sys.executable, "-c", _CHECK, str(place), auto_class, f"{temporary}/expected.safetensors"],
             cwd=temporary,
             env=environment,
             capture_output=True,
