@@ -213,6 +213,42 @@ def language_8m() -> list[Cell]:
     return [Cell(cell.name, cell.task, cell.settings | {"steps": 2000}, cell.rates) for cell in cells]
 
 
+def anchored() -> list[Cell]:
+    """Reads that start from the plain model, and dense training that is read sparsely: recall, needles, language.
+
+    The control of the language cells is "closed": its gates hardly leave the online memory, so it computes what `none`
+    does, and starts from the same random numbers as the others."""
+
+    def fields(**options) -> dict:
+        return {"options": json.dumps(options)}
+
+    running = {"online_memory": "running"}
+    size = RECALL | {"seq_len": 256, "vocab": 256, "pairs": 64, "width": 32, "read_as": [1, 2, 4, 8]}
+    reads = {
+        "grm": {},
+        "running, bias 2": fields(**running, online_gate_bias=2.0),
+        "running, added": fields(**running, cached_answers="added", cached_answers_start=1.0),
+    }
+    cells = [
+        Cell(f"recall: {name}", "recall", size | {"aggregation": "grm"} | x, (1e-2,)) for name, x in reads.items()
+    ]
+    sparse = size | {"aggregation": "ssc", "k": 2, "dense_part": 0.5} | reads["running, bias 2"]
+    cells.append(Cell("recall: running, bias 2, k from all to 2", "recall", sparse, (1e-2,)))
+    for kind in (1, 2):
+        for name, read in reads.items():
+            settings = {"kind": kind, "aggregation": "grm"} | read
+            cells.append(Cell(f"needle {kind}: {name}", "needle", settings, (1e-2,)))
+    longer = {"train_length": 1024, "batch": 4, "segment_size": 128, "aggregation": "grm"}
+    reads = {
+        "closed": fields(**running, online_gate_bias=30.0),
+        "grm": {},
+        "running": fields(**running),
+        "running, bias 4": fields(**running, online_gate_bias=4.0),
+        "running, added": fields(**running, cached_answers="added"),
+    }
+    return cells + [Cell(f"language: {name}", "language", longer | x, (4e-3,)) for name, x in reads.items()]
+
+
 def mqar_512() -> list[Cell]:
     """The largest published setting of the task (arXiv 2312.04927): 64 pairs in 512 tokens, width 64. For a GPU."""
     size = {
@@ -273,6 +309,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
         language,
         language_1024,
         language_8m,
+        anchored,
         mqar_512,
         language_30m,
     )

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
 from mc_transformers.hub.card import Metadata, Result, render, write_card
 from mc_transformers.hub.files import new_folder, write_file
+from mc_transformers.modeling_mc.mixer import MCMixer
+from mc_transformers.training import ReadSchedule
 
 
 def option(default, text: str):
@@ -32,6 +34,7 @@ class ExperimentConfig:
     aggregation: str = option("grm", "read rule; 'none' is the recurrent model without caching")
     segment_size: int = option(16, "tokens per segment")
     k: int = option(2, "past segments that 'ssc' reads per token")
+    dense_part: float = option(0.0, "part of the steps in which 'ssc' comes down from all segments to k")
     state_init: str = option("independent", "'independent' or 'checkpoint'")
     layer_types: list[str] = field(
         default_factory=lambda: ["memory_caching"],
@@ -140,9 +143,14 @@ def train(
     )
     scheduler = get_scheduler(config.schedule, optimizer, config.warmup, config.steps)
     curve, start, mean_loss, since = [], time.perf_counter(), 0.0, 0
+    schedule, mixers = None, [module for module in model.modules() if isinstance(module, MCMixer)]
     bar = tqdm(range(1, config.steps + 1), desc=f"{config.memory}/{config.aggregation}", disable=not progress)
     for step in bar:
         input_ids, labels = (x.to(config.device) for x in draw())
+        if config.dense_part:
+            schedule = schedule or ReadSchedule(input_ids.shape[1] // config.segment_size, config.dense_part)
+            for mixer in mixers:
+                mixer.aggregation.top_k = schedule.selected(step - 1, config.steps, config.k)
         loss = F.cross_entropy(query_logits(model, input_ids, labels).float(), labels[labels != -100])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -56,15 +56,19 @@ class LanguageConfig(ExperimentConfig):
     )
 
 
-def position_losses(model: PreTrainedModel, documents: torch.Tensor, first: int) -> dict[str, dict]:
+def position_losses(
+    model: PreTrainedModel, documents: torch.Tensor, first: int, far: torch.Tensor | None = None
+) -> dict[str, dict]:
     """Loss by position in the document.
 
     Args:
         documents: int64 [documents, length + 1]. first: end of the first range; every further one is twice as long.
+        far: `far_repeats` of the documents, to tell these bytes from the others.
 
     Returns:
         per range "a-b" of predicted bytes a <= position < b: "nats" per byte, and "error", the standard error of the
-        documents' means.
+        documents' means; with `far` also the means over these bytes ("repeated") and the others ("new"), and the
+        "share" of the first.
     """
     losses = []
     for ids in documents.split(1):
@@ -74,9 +78,27 @@ def position_losses(model: PreTrainedModel, documents: torch.Tensor, first: int)
     while start < loss.shape[1]:
         means = loss[:, start:end].mean(1)
         error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else float("nan")
-        ranges[f"{start}-{end}"] = {"nats": means.mean().item(), "error": error}
+        part = {"nats": means.mean().item(), "error": error}
+        if far is not None:
+            here, marked = loss[:, start:end], far[:, start:end]
+            part |= {"repeated": here[marked].mean().item(), "new": here[~marked].mean().item()}
+            part["share"] = marked.float().mean().item()
+        ranges[f"{start}-{end}"] = part
         start, end = end, 2 * end
     return ranges
+
+
+def far_repeats(documents: torch.Tensor, distance: int, n: int = 12) -> torch.Tensor:
+    """`[documents, length]` bool: the predicted bytes that follow `n` bytes which the document has had before, all of
+    them, and the last time more than `distance` bytes ago: what a model may know from far back."""
+    found = torch.zeros(len(documents), documents.shape[1] - 1, dtype=torch.bool)
+    for row, ids in enumerate(documents.tolist()):
+        seen: dict[tuple[int, ...], int] = {}
+        for t in range(n, len(ids)):
+            before = tuple(ids[t - n : t])
+            found[row, t - 1] = t - seen.get(before, t) > distance
+            seen[before] = t
+    return found
 
 
 def read_otherwise(model: PreTrainedModel, rule: str, segment_size: int) -> PreTrainedModel:
@@ -113,7 +135,8 @@ def train_language(config: LanguageConfig, progress: bool = True) -> dict:
     tokens = config.steps * config.batch * config.train_length
     losses = {}
     with torch.no_grad():
-        losses[config.aggregation] = position_losses(model, documents, config.train_length)
+        far = far_repeats(documents, config.segment_size).to(config.device)
+        losses[config.aggregation] = position_losses(model, documents, config.train_length, far)
         for rule in config.also:
             other = read_otherwise(model, rule, config.train_length)
             losses[rule] = position_losses(other, documents, config.train_length)

@@ -10,7 +10,7 @@ JSON and PNG:
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,6 +39,9 @@ class RecallConfig(ExperimentConfig):
     power_a: float = option(0.01, "exponent of the gaps between pairs and queries: slot i has weight i^(a-1)")
     random_non_queries: bool = option(True, "fill the positions between queries with random tokens instead of zeros")
     test_size: int = option(512, "sequences in the test set")
+    read_as: list[int] = field(
+        default_factory=list, metadata={"help": "k of 'ssc' to read the trained model with as well"}
+    )
     test_seed: int = option(1_000_003, "seed of the test set, the same for every run")
 
 
@@ -132,7 +135,8 @@ def train_recall(config: RecallConfig, progress: bool = True) -> dict:
             share = accuracy(model, *(x.to(config.device) for x in draw_test(config, length)))
             results.append(Result("accuracy", share, f"MQAR, {config.pairs} pairs in {length} tokens"))
         save_checkpoint(config, model, results, None)
-    return {"task": "mqar", "accuracy": record["curve"][-1]["accuracy"]} | record
+    sparse = {str(k): accuracy(model.read_as("ssc", k), *test) for k in config.read_as}
+    return {"task": "mqar", "accuracy": record["curve"][-1]["accuracy"], "read_as": sparse} | record
 
 
 def save_plot(record: dict, path: Path) -> bool:

@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.measure import language_cost, study
 from benchmarks.tasks.experiment import build_model
-from benchmarks.tasks.language import LanguageConfig, position_losses, read_otherwise, train_language
+from benchmarks.tasks.language import LanguageConfig, far_repeats, position_losses, read_otherwise, train_language
 from benchmarks.tasks.needle import ASK, FIRST_DIGIT, MARK, NeedleConfig, needle_batch, train_needle
+from benchmarks.tasks.recall import RecallConfig, train_recall
 
 
 TINY = {"width": 16, "heads": 1, "layers": 1, "mlp_width": 0, "segment_size": 8, "steps": 2, "batch": 2, "warmup": 1}
@@ -134,3 +135,19 @@ def test_the_cost_of_language_models_is_measured_for_each_of_them(tmp_path, monk
     none, grm = json.loads(path.read_text())["models"]
     assert grm["cache_bytes"] > none["cache_bytes"] > 0
     assert all(value >= 0 for row in (none, grm) for key, value in row.items() if key != "model")
+
+
+def test_bytes_that_repeat_what_is_far_back():
+    """A predicted byte counts if the n bytes before it stood together before, and not nearer than the distance."""
+    ids = torch.tensor([[1, 2, 3, 9, 9, 9, 1, 2, 3, 9, 1, 2, 3, 4]])
+    far = far_repeats(ids, distance=5, n=3)
+    # what follows "1 2 3" and "2 3 9" the second time, 6 bytes after the first; the third time comes after 4 bytes
+    assert far[0].nonzero().flatten().tolist() == [8, 9]
+    assert far_repeats(ids, distance=3, n=3)[0].nonzero().flatten().tolist() == [8, 9, 11, 12]
+
+
+def test_dense_training_read_sparsely():
+    settings = {"steps": 4, "eval_every": 4, "test_size": 8, "batch": 4, "seq_len": 64, "pairs": 8, "vocab": 64}
+    sparse = RecallConfig(**settings, aggregation="ssc", k=1, dense_part=0.5, read_as=[1, 3])
+    record = train_recall(sparse, progress=False)
+    assert set(record["read_as"]) == {"1", "3"} and record["accuracy"] == record["read_as"]["1"]
