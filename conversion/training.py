@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from .. import MCConfig, MCForCausalLM
-from ..hub.files import new_folder
+from ..hub.files import new_file, new_folder
 from ..hub.loading import load_model
 from .checkpoint import copy_extras, read_config
 from .convert import U_PROJ, write_model
@@ -84,7 +84,7 @@ def from_training(
             if (target := our_name(name, known)) is not None:
                 yield name, target, tensor
 
-    with new_folder(output, overwrite, checkpoint) as folder:
+    with new_folder(output, overwrite, checkpoint, place) as folder:
         zeros = (U_PROJ,) if "aggregation" in fields else ()
         write_model(folder, model_config, parts(), zeros, dtype, max_shard_size)
         copy_extras(place.parent, folder)
@@ -99,16 +99,9 @@ def to_state_dict(checkpoint: str, output: str | Path, dtype: str = "auto", over
         overwrite: replace a file that is there.
 
     Raises:
-        ValueError: the checkpoint does not load. FileExistsError: there is such a file already, or a folder.
+        ValueError: the checkpoint does not load, or the output lies in it.
+        FileExistsError: there is such a file already, or a folder or a link.
     """
-    output = Path(output)
-    if output.exists() and not (overwrite and output.is_file()):
-        raise FileExistsError(f"{output} exists already" + (" (--overwrite replaces it)" if output.is_file() else ""))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        torch.save(load_model(checkpoint, dtype).state_dict(), partial)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
-    return output
+    with new_file(output, overwrite, checkpoint) as file:
+        torch.save(load_model(checkpoint, dtype).state_dict(), file)
+    return Path(output)
