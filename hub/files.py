@@ -1,8 +1,8 @@
 # Copyright 2026 the mc-transformers authors.
 """Outputs that are whole or not there: written in a fresh hidden folder beside them, renamed at the end.
 
-`PARENT/.mc-output-*` holds `new/NAME`, what is being written, and for a moment `old/NAME`, what it replaces. The old one
-goes back to its name whenever the new one did not get there: at once, or, after a kill, at the next call for this output.
+`PARENT/.mc-output-*` holds `new/NAME`, what is being written, and for a moment `old/NAME`, what it replaces. The old
+one goes back to its name whenever the new one did not get there: at once, or, after a kill, at the next call.
 """
 
 import os
@@ -32,7 +32,7 @@ def new_folder(path: str | Path, overwrite: bool = False, *sources: str | Path) 
     """A folder to write into, which takes the name `path` when the block has succeeded and vanishes when it fails.
 
     Args:
-        sources: what is read meanwhile: files, folders or names that are neither. None is ever replaced or written into.
+        sources: what is read meanwhile: files, folders, or names that are neither. None is replaced or written into.
 
     Raises:
         FileExistsError: `path` exists and is not an empty folder, and not `overwrite`; or it is a symbolic link, or a
@@ -77,7 +77,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary / path.name, path)
 
 
-# -------------------------------------------------------------------------------------------------- what may be written
+# ------------------------------------------------------------------------------------------------- what may be written
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one place, whatever they are called."""
     try:
@@ -102,7 +102,8 @@ def _check_place(path: Path, kind: str, sources: tuple[str | Path, ...]) -> None
     """See `new_folder`."""
     if path.is_symlink():
         raise FileExistsError(f"{path} is a symbolic link to {os.readlink(path)}: name the {kind} that is meant")
-    for kept, what in ((Path.cwd(), "the current folder"), *((Path(each), f"{each}, which is read") for each in sources)):
+    kept_places = [(Path.cwd(), "the current folder"), *((Path(each), f"{each}, which is read") for each in sources)]
+    for kept, what in kept_places:
         if _holds(path, kept):
             raise ValueError(f"the output {str(path)!r} would replace {what}: name another {kind}")
     if path.name in ("", ".."):
@@ -117,7 +118,7 @@ def _check_place(path: Path, kind: str, sources: tuple[str | Path, ...]) -> None
                 raise ValueError(f"the output {str(path)!r} would replace what {link} leads to: name another {kind}")
 
 
-# ------------------------------------------------------------------------------------------------------ the two renames
+# ----------------------------------------------------------------------------------------------------- the two renames
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A fresh folder beside `path`, in use as long as it is locked; its `old/NAME` outlives it under its own name."""

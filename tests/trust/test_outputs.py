@@ -38,7 +38,7 @@ def write(path: Path, overwrite: bool = True) -> None:
         (folder / "all").rmdir()
 
 
-# -------------------------------------------------------------------------------------------- neighbours, sources, links
+# ------------------------------------------------------------------------------------------ neighbours, sources, links
 def test_neighbours_of_any_name_stay(tmp_path):
     names = [f"out{end}" for end in (".partial", ".replaced.partial", ".tmp", ".old", ".new", "~", ".1.partial")]
     names += [f"{files.PREFIX}mine", f".out.{os.getpid()}.partial"]
@@ -111,9 +111,9 @@ def test_permissions_are_those_of_any_new_folder(tmp_path):
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "file").stat().st_mode
 
 
-# ----------------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------------------------- interruptions
 def stop_at_line(number: int, stop: Callable[[], None], work: Callable[[], None]) -> bool:
-    """Call `stop` before the line of hub/files.py that is the `number`th to run. Returns whether there were as many."""
+    """Call `stop` before the `number`th line of hub/files.py that runs. Returns whether there were as many."""
     left = number
 
     def trace(frame, event, _):
