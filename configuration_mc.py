@@ -172,17 +172,17 @@ class MCConfig(PreTrainedConfig):
         output_norm (`str`, defaults to `"head"`): "head" (RMS norm of each head, then the gate), "gated" (the gate,
             then one RMS norm over the heads that share a key head: Mamba-2) or "none".
         output_norm_eps (`float`, *optional*): its epsilon; defaults to `rms_norm_eps`.
-        rope (`str`, defaults to `"attention"`): who has rotary positions: "attention" layers, "all" (also q and k of
-            memory layers) or "none".
-        attention (`str`, defaults to `"llama"`): whose attention the attention layers are: "llama", "qwen3" (norms of
-            q and k), "olmo_hybrid" (the same; the only one that can do without rotary positions) or "qwen3_next"
+        rope (`str`, defaults to `"attention"`): which layers have rotary positions: "attention", "all"
+            (also q and k of memory layers) or "none".
+        attention (`str`, defaults to `"llama"`): kind of the attention layers: "llama", "qwen3" (norms of q and
+            k), "olmo_hybrid" (the same; the only one that can do without rotary positions) or "qwen3_next"
             (gated, partial rotary).
         attention_norm (`str`, defaults to `"pre"`): norms of attention blocks "pre" (before attention and MLP) or
             "post" (after them).
         max_cached_segments (`int`, *optional*): bound of the cache; None = no bound.
-        cache_eviction (`str`, defaults to `"oldest"`): who leaves a full cache: "oldest" or "least_read".
+        cache_eviction (`str`, defaults to `"oldest"`): which segment leaves a full cache: "oldest" or "least_read".
         mc_backend (`str`, defaults to `"auto"`): "auto" (torch, until the Triton kernels have run on a GPU), "triton"
-            (an error where it cannot be had), "torch" or "reference" (token by token, slow: the specification).
+            (an error where it is not available), "torch" or "reference" (token by token, slow: the specification).
 
     Raises:
         ValueError: a value of the wrong type or out of range, or a combination that means nothing. The message names
@@ -311,10 +311,10 @@ class MCConfig(PreTrainedConfig):
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
 
     def refuse(self, field: str, allowed: str) -> None:
-        """Raise the error for a field whose value cannot be.
+        """Raise the error for a field whose value is not allowed.
 
         Args:
-            allowed: what could be, in words.
+            allowed: what is allowed, in words.
 
         Raises:
             ValueError: always; it names the field, its value and what is allowed.
@@ -322,7 +322,7 @@ class MCConfig(PreTrainedConfig):
         raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
 
     def _hint_at_misspellings(self, unknown: dict) -> None:
-        """Transformers keeps names that are no fields as attributes, so they can't be errors."""
+        """Transformers keeps names that are not fields as attributes, so they can't be errors."""
         for name in unknown:
             near = difflib.get_close_matches(name, self.__dataclass_fields__, 1, 0.8)
             known = name.endswith("_token_id") or hasattr(type(self), name)  # of which Transformers knows more

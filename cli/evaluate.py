@@ -62,12 +62,12 @@ def evaluate_text(
     """The record of `mc-transformers eval`, with a "results" list that model cards read.
 
     Raises:
-        ValueError: the file is no text, or does not fill one block. OSError: there is none.
+        ValueError: the file is not text, or does not fill one block. OSError: there is none.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     blocks = blocks_of(text, tokenizer, length)
     losses = position_losses(model, blocks, batch_size)
     mean = losses.mean().item()

@@ -87,7 +87,7 @@ def _check_memory(folder: Path, keep: bool) -> None:
     from ..modeling_mc.memory_file import FILE
 
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--memory {folder} is no folder")
+        raise NotADirectoryError(f"--memory {folder} is not a folder")
     if keep and not (folder / FILE).is_file():
         raise FileNotFoundError(f"--memory {folder} holds no {FILE} that --keep-memory could keep")
     if not keep:

@@ -1,2 +1,2 @@
 # Copyright 2026 the mc-transformers authors.
-"""Checkpoints in and out of the family, Hub repositories, model cards and the command line."""
+"""Checkpoints of other architectures and of training runs, into the family and out of it."""

@@ -90,9 +90,9 @@ def read_config(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+        raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no dictionary, as a config does")
+        raise ValueError(f"{path} does not hold a dictionary, as a config does")
     return found
 
 

@@ -61,7 +61,7 @@ def convert(
 ) -> Path:
     """Convert a checkpoint folder, tensor by tensor.
 
-    Weights that the source has not (the projection of content gates) start at zero: all gates are equal then, so that
+    Weights that the source does not have (the projection of content gates) start at zero: all gates are equal, so that
     "grm" starts as "mean" does, and with one segment as the source itself.
 
     Args:

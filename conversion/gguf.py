@@ -43,10 +43,10 @@ def _open(path: Path):
     """The file's `gguf.GGUFReader`.
 
     Raises:
-        ImportError: the package `gguf` is missing. ValueError: no GGUF file, or a damaged one.
+        ImportError: the package `gguf` is missing. ValueError: not a GGUF file, or a damaged one.
     """
     if (found := _first_bytes(path)) != MAGIC:
-        raise ValueError(f"{path} is no GGUF file: it begins with {found!r}, not {MAGIC!r}")
+        raise ValueError(f"{path} is not a GGUF file: it begins with {found!r}, not {MAGIC!r}")
     if not is_gguf_available(VERSION):
         raise ImportError(f"reading GGUF needs the package gguf >= {VERSION}: pip install 'mc-transformers[gguf]'")
     from gguf import GGUFReader

@@ -48,7 +48,7 @@ def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(x, torch.Tensor) for x in found.values()):
-        raise ValueError(f"{path} is no state dict: a dictionary of names and tensors is needed")
+        raise ValueError(f"{path} is not a state dict: a dictionary of names and tensors is needed")
     yield from found.items()
 
 
@@ -56,7 +56,7 @@ def _shards(index: Path) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards, or damaged ({error})") from error
+        raise ValueError(f"{index} is not an index of shards, or damaged ({error})") from error
 
 
 NESTED = ("state_dict", "model")

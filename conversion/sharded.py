@@ -40,7 +40,7 @@ class _Index(pickle.Unpickler):
             return getattr(torch, name)
         if module.split(".")[0] == "pathlib":
             return PurePath
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index")
 
 
 class _Reader(FileSystemReader):
@@ -53,7 +53,9 @@ class _Reader(FileSystemReader):
                 self.index = _Index(file).load()
             places = self.index.storage_data.values()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / INDEX} is no index of a sharded checkpoint, or damaged ({error})") from error
+            raise ValueError(
+                f"{folder / INDEX} is not an index of a sharded checkpoint, or damaged ({error})"
+            ) from error
         for file in {place.relative_path for place in places}:
             if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
                 raise ValueError(f"{folder / INDEX} names a file outside of its folder: {file!r}")
@@ -67,7 +69,7 @@ class _Reader(FileSystemReader):
 
 
 def read_sharded(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors, one after the other; what is no tensor is left out.
+    """Names and tensors, one after the other; what is not a tensor is left out.
 
     Raises:
         ValueError: the index or a file is damaged, or is something else. FileNotFoundError: a file is missing.
@@ -79,7 +81,7 @@ def read_sharded(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = torch.empty(about.size, dtype=about.properties.dtype)
         try:
             dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-        except (Exception, dcp.CheckpointException) as error:  # the latter is none of the former, and a traceback
+        except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException, a whole traceback
             reason = str(error).strip().splitlines()[-1][:200]
             raise ValueError(f"{folder} is damaged or cut off at {name!r} ({reason})") from error
         yield name, tensor

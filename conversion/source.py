@@ -30,7 +30,7 @@ class Source:
         make_config: config.json as a dictionary to the fields of an MCConfig; raises ValueError for what is missing.
         rules: (pattern of a whole name, target names with groups, split), the first that matches counts; the names
             may be a function of the match and the source's config; none = the weight is not needed.
-        zeros: ends of the names of weights that the source has not, because they are zero there.
+        zeros: ends of the names of weights that the source does not have, because they are zero there.
         merges: (pattern with one group `part`, its values in order): such weights are joined along their rows to one
             whose name lacks the part, and only then looked up in the rules.
         fresh: what is missing in a mixer starts as in a new model.
@@ -65,7 +65,7 @@ class Source:
                 return list(names), split
         raise ValueError(
             f"no rule of --from {self.name} knows the weight {name!r}: this is another kind of checkpoint, or has a "
-            "head that language models have not"
+            "head that language models do not have"
         )
 
     def merged(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -94,9 +94,9 @@ class Source:
 
 
 def refuse(piece: str, value: object, allowed: str) -> None:
-    """What a checkpoint has and the family has not.
+    """Refuse something of a checkpoint that this family does not have.
 
     Raises:
         ValueError: always.
     """
-    raise ValueError(f"this checkpoint has {piece} ({value!r}), which the family has not; supported: {allowed}")
+    raise ValueError(f"this checkpoint has {piece} ({value!r}), which this family does not have; supported: {allowed}")

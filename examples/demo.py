@@ -1,6 +1,6 @@
 """From random weights to a fine-tuned model in a few minutes on a CPU: what `make demo` runs.
 
-Every stage is a process of its own, so whatever a later stage knows it read from disk:
+Every stage is a process of its own, so a later stage knows only what it reads from disk:
 
     pretrain  the Trainer trains a byte-level MCForCausalLM on Python's own documentation and saves it
     finetune  `from_pretrained`, generation with the cache, speed, and a LoRA adapter for Python source code

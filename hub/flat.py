@@ -48,7 +48,7 @@ def _target(module: str, node: ast.ImportFrom) -> str:
             written = f"from {'.' * node.level}{node.module or ''} import {alias.name}"
             raise ValueError(f"{module}: `{written}` imports a module: import the names that it defines instead")
     if _file(target) is None:
-        raise ValueError(f"{module}: line {node.lineno} imports from `{target}`, which is no module of the package")
+        raise ValueError(f"{module}: line {node.lineno} imports from `{target}`, which is not a module of the package")
     return target
 
 

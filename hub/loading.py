@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""Checkpoints of this family for the command line: loaded whole or refused with a reason, nothing initialised anew."""
+"""Checkpoints of this family for the command line: loaded whole, or refused with a reason."""
 
 from pathlib import Path
 
@@ -32,7 +32,9 @@ def load_config(name: str, revision: str | None = None, presets: bool = False) -
         found, _ = MCConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())  # all of it: what to do stands at the end
-        raise OSError(f"{name} is no folder with a readable config.json and no Hub repository ({reason})") from error
+        raise OSError(
+            f"{name} is neither a folder with a readable config.json nor a Hub repository ({reason})"
+        ) from error
     if found.get("model_type") != MCConfig.model_type:
         kind = f"model_type={found.get('model_type')!r}, architectures={found.get('architectures')}"
         raise ValueError(
@@ -48,7 +50,7 @@ def load_model(
     """Model in evaluation mode, of the class that the config names (or `head`), with this package's own code.
 
     Raises:
-        ValueError: another architecture, a damaged file, or weights that are missing or that nobody takes.
+        ValueError: another architecture, a damaged file, or weights that are missing or not used.
     """
     config = load_config(name, revision)
     head = head or (config.architectures or ["MCForCausalLM"])[0]

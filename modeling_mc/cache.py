@@ -1,5 +1,5 @@
 # Copyright 2026 the mc-transformers authors.
-"""MCCache: the memory of a text, as users hold it in their hands."""
+"""MCCache: the memory of a text, as users handle it."""
 
 import os
 import weakref
@@ -30,7 +30,7 @@ class ModelRef(weakref.ref):
 
 
 class MCCache(DynamicCache):
-    """A `DynamicCache` of this family with the numbers that people want to know of a memory.
+    """A `DynamicCache` of this family with the numbers that are useful to know about a memory.
 
     Args:
         config: the model's config.
@@ -41,7 +41,7 @@ class MCCache(DynamicCache):
         kwargs: of `DynamicCache`.
 
     Raises:
-        ValueError: another `state_dtype`, or a `config` that is none.
+        ValueError: another `state_dtype`, or a `config` of another kind.
 
     Example:
         >>> config = MCConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -170,7 +170,7 @@ class MCCache(DynamicCache):
             raise ValueError("an empty cache cannot be saved: run the model on a text first")
         model = model if model is not None else self.filled_by and self.filled_by()
         if model is None:
-            raise ValueError("the model that filled this cache is not known any more: pass it as `model`")
+            raise ValueError("the model that filled this cache is no longer known: pass it as `model`")
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
             if is_memory_layer(layer):

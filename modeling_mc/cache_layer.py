@@ -25,7 +25,7 @@ def memory_caching_mask(
 
 
 def is_memory_layer(layer: object) -> bool:
-    """Whether a cache layer is one of ours; also of a bundle's copy of this code, loaded in the same process."""
+    """Whether a cache layer is one of ours; or of a bundle's copy of this code, loaded in the same process."""
     return hasattr(layer, "tensors") and hasattr(layer, "kept_dtype")
 
 
@@ -165,7 +165,7 @@ class MCCacheLayer(CacheLayerMixin):
         return tuple(self.tensors[name] for name in names if name in self.tensors)
 
     def bound(self, num_tokens: int) -> int:
-        """Tokens that sizes have to reckon with when `num_tokens` more come."""
+        """Tokens that sizes must allow for when `num_tokens` more come."""
         return self.num_tokens + num_tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
@@ -285,7 +285,7 @@ class MCCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move all tensors to host memory (Transformers' offloading layer by layer; see `MCCache` for segments). They
-        are complete when this returns: who asks for them next may be the host. The next forward brings them back."""
+        are complete when this returns, since the host may read them next. The next forward brings them back."""
         self._map(lambda t: t.to("cpu"))
 
     def prefetch(self) -> None:

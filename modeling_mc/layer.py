@@ -62,7 +62,7 @@ class MemoryCaching(nn.Module):
         config: the `MCConfig` that all of this amounts to.
 
     Raises:
-        ValueError: a name that is no such field, a value that is not allowed, or a combination that means nothing.
+        ValueError: a name that is not such a field, a value that is not allowed, or a combination that means nothing.
 
     Example:
         >>> layer = MemoryCaching(64, 2, memory="gated_linear", segment_size=16)

@@ -2,8 +2,8 @@
 """A bounded cache that forgets what is read least: when a segment finishes and all slots are taken, the segment with
 the smallest running mean of the gates that it received, over tokens and heads, leaves; the oldest of equals.
 
-Who leaves depends on the gates of all earlier tokens, so a grid is decided segment after segment; gates need summaries
-only, and the memories themselves are still read in parallel.
+Which one leaves depends on the gates of all earlier tokens, so a grid is decided segment after segment; gates need
+summaries only, and the memories themselves are still read in parallel.
 """
 
 from dataclasses import dataclass

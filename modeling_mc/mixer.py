@@ -245,7 +245,7 @@ class Mixer(nn.Module):
         """The layer of `cache` that tokens `[B, T, ...]` are to read and fill.
 
         Raises:
-            ValueError: it does not fit this mixer or this batch, or has no room for so many tokens.
+            ValueError: it does not fit this mixer or this batch, or has no room for that many tokens.
         """
         layer = memory_layer(cache, self.layer_idx)
         layer.check(self.cache_signature, len(x))

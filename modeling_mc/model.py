@@ -446,8 +446,8 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `[B, T]` int64, usually `input_ids`: they are shifted here; -100 = ignored.
-            logits_to_keep: logits of the last so many tokens only (0 = all), or of the positions in a tensor.
-            kwargs: `num_items_in_batch` divides the summed loss by this number and not by the labels at hand.
+            logits_to_keep: how many of the last tokens get logits (0 = all), or their positions in a tensor.
+            kwargs: `num_items_in_batch` divides the summed loss by this number and not by that of the labels.
 
         Returns:
             `logits` `[B, T, vocab_size]` in the dtype of the weights, `loss` (a fp32 scalar) with `labels`,

@@ -33,7 +33,7 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
         which needs no warm-up and is logged.
 
     Raises:
-        ValueError: `model` has no memory layer, or its `mc_backend` is "triton" and cannot be had here.
+        ValueError: `model` has no memory layer, or its `mc_backend` is "triton" and not available here.
     """
     mixers: dict[tuple, MCMixer] = {}
     for module in model.modules():

@@ -39,7 +39,7 @@ TASKS: dict[str, tuple[type, Callable[..., dict]]] = {
     "needle": (NeedleConfig, train_needle),
     "language": (LanguageConfig, train_language),
 }
-# of the studies as they were run: a rule that joins the registry is no gap in them
+# of the studies as they were run: a rule that joins the registry later is not missing
 STUDIED = ("linear", "retention", "gated_linear", "swla", "gated_delta", "dla", "titans", "lstm", "gru")
 LOGARITHMIC = {"aggregation": "grm", "options": '{"segmentation": "logarithmic"}'}
 

@@ -102,7 +102,7 @@ def build_model(config: ExperimentConfig, vocab_size: int, max_length: int) -> P
 
 
 def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Logits where there is a label, [labels != -100, vocab]: the head is dear, and most tokens may have none."""
+    """Logits where there is a label, [labels != -100, vocab]: the head is expensive, and most tokens may have none."""
     hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return model.get_output_embeddings()(hidden[labels != -100])
 

@@ -65,7 +65,7 @@ def make_config(found: dict) -> dict:
 
 
 def _bias_targets(match: re.Match, found: dict) -> list[str]:
-    """The bias of queries, and in Qwen2 the one of the output, which it has not."""
+    """The bias of queries, and in Qwen2, which has no other, also that of the output."""
     names = ["q", "o"] if _is_qwen2(found) else ["q"]
     return [f"{match[1]}self_attn.{name}_proj.bias" for name in names]
 

@@ -43,7 +43,7 @@ def in_terms_of_transformers(found: dict) -> dict:
     """config.json of the authors' package under the names of Transformers; every other config as it is.
 
     Raises:
-        ValueError: another layer than Mamba-2, or an option that Transformers' Mamba-2 has not.
+        ValueError: another layer than Mamba-2, or an option that Transformers' Mamba-2 does not have.
     """
     if "ssm_cfg" not in found or "model_type" in found:
         return found

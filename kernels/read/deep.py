@@ -206,7 +206,7 @@ def deep_read(
         the gated sum over the past `[R, N, W, H, d]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
 
     Raises:
-        ValueError: an unknown gate function, or "triton" cannot be had.
+        ValueError: an unknown gate function, or "triton" is not available.
     """
     widths, missing = (q.shape[-1], u.shape[-1]), missing_in_triton(function)
     backend = choose_backend(backend, "deep_read", q, *widths, widest=WIDEST_DEEP, missing=missing)

@@ -2,7 +2,7 @@
 into gates. Every op and read rule takes them from here; gates_triton.py is the same in Triton.
 
 To add a gate function, write its value and its pull-back and give it a name in `GATE_FUNCTIONS`: the config, all torch
-ops and decoding know it then, and whoever asks for Triton is told that its kernels do not.
+ops and decoding know it then, and asking for Triton is an error that says that its kernels do not.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ GATE_FUNCTIONS: dict[str, GateFunction] = {
     "sigmoid": GateFunction(torch.sigmoid, lambda x, gates, grad: grad * gates * (1 - gates), triton=True),
     # positive parts, divided by their sum; the online memory answers alone where no logit is positive
     "relu": GateFunction(_relu, _relu_pull_back, triton=True),
-    # 1 for whoever may be read: of memories that weigh their answers themselves
+    # 1 for every memory that may be read: of memories that weigh their answers themselves
     CONSTANT: GateFunction(lambda x: (x > HIDDEN).to(x.dtype), lambda x, gates, grad: torch.zeros_like(grad)),
 }
 
@@ -180,7 +180,7 @@ def content_gates(
 
     Args:
         u: `[B, T, H, d]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, d]`. visible: `[B, S]` bool.
-        top_k: 0 = read all, else the best so many. index: `[B, T, H, K]` int64, the memories to read instead, or -1;
+        top_k: 0 = read all, else the number of best ones. index: `[B, T, H, K]` int64, what to read instead, or -1;
             with top_k. function: a name of `GATE_FUNCTIONS`.
 
     Returns:

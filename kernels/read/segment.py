@@ -214,7 +214,7 @@ def segment_read(
         the gated sum over the past `[R, N, W, H, dv]` in q's dtype, and the online gate `[R, N, W, H]` in fp32.
 
     Raises:
-        ValueError: an unknown gate function, or "triton" cannot be had.
+        ValueError: an unknown gate function, or "triton" is not available.
     """
     widths, missing = (*states.shape[-2:], u.shape[-1]), missing_in_triton(function)
     backend = choose_backend(backend, "segment_read", q, *widths, missing=missing)

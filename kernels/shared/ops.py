@@ -69,7 +69,7 @@ def choose_backend(
         widest: of the widths that the op's kernels are written for. missing: what else they cannot do, in words.
 
     Raises:
-        ValueError: "triton" is requested and cannot be had.
+        ValueError: "triton" is requested and not available.
     """
     if requested != "triton":
         if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():

@@ -81,7 +81,7 @@ def decode_step(
         online_logit: `[B, H]`. states: `[B, S, H, dk, dv]` finished segments, in any dtype, with `scale`
             `[B, S, H, dk, 1]` if they are int8; they may be stored on another device.
         summaries: `[B, S, H, m, du]`, m sub-block means each. visible: `[B, S]` bool, those that a row may read.
-        top_k: 0 = read all, else the best so many. index: `[B, H, K]` int64, the slots to read instead, or -1; with
+        top_k: 0 = read all, else the number of best ones. index: `[B, H, K]` int64, slots to read instead, or -1; with
             top_k.
         function: what turns logits into gates, a name of `gates.GATE_FUNCTIONS`.
         backend: "auto", "triton" or "torch", see `choose_backend`. Triton has no gradient and cannot read states that
@@ -92,7 +92,7 @@ def decode_step(
         None for all.
 
     Raises:
-        ValueError: an unknown gate function, or "triton" cannot be had.
+        ValueError: an unknown gate function, or "triton" is not available.
     """
     inputs = (q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function)
     widths, missing = (*online.shape[-2:], u.shape[-1]), missing_in_triton(function)

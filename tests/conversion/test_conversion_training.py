@@ -152,7 +152,7 @@ def test_config_and_index_that_are_none(tmp_path, model, capsys):
     assert "model.safetensors.index.json" in capsys.readouterr().err
     (tmp_path / "run" / "config.json").write_text("[1]")
     assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "model")]) == 1
-    assert "config.json holds no dictionary" in capsys.readouterr().err
+    assert "config.json does not hold a dictionary" in capsys.readouterr().err
 
 
 class Payload:

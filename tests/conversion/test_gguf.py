@@ -228,9 +228,9 @@ def test_a_file_that_is_cut_off(tmp_path, make, capsys):
         path = tmp_path / f"{length}.gguf"
         path.write_bytes(whole[:length])
         line = refused(capsys, path)
-        assert ("is no GGUF file" if length == 0 else "is damaged, cut off") in line and str(path) in line
+        assert ("is not a GGUF file" if length == 0 else "is damaged, cut off") in line and str(path) in line
     (tmp_path / "zip.gguf").write_bytes(b"PK\3\4" + whole)
-    assert "is no GGUF file: it begins with b'PK" in refused(capsys, tmp_path / "zip.gguf")
+    assert "is not a GGUF file: it begins with b'PK" in refused(capsys, tmp_path / "zip.gguf")
 
 
 def test_another_architecture(tmp_path, capsys):

@@ -149,7 +149,7 @@ def test_generate_goes_on_from_a_memory(capsys, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--memory", "file"], "is no folder"),
+        (["--memory", "file"], "is not a folder"),
         (["--memory", "typo", "--keep-memory"], "typo holds no memory"),
         (["--keep-memory"], "without --memory"),
         (["--memory", "file/notes"], "Not a directory"),
@@ -286,7 +286,7 @@ def test_no_such_checkpoint_and_short_text(capsys, checkpoint, tmp_path):
     assert code == 1 and "holds no config.json" in err and "adapter" in err
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xff")
     code, _, err = run(capsys, "eval", checkpoint, tmp_path / "bytes.bin")
-    assert code == 1 and "bytes.bin is no UTF-8 text" in err
+    assert code == 1 and "bytes.bin is not UTF-8 text" in err
     (tmp_path / "short.txt").write_text("short")
     code, _, err = run(capsys, "eval", checkpoint, tmp_path / "short.txt", "--length", 64)
     assert code == 1 and "--length must be <= 5" in err

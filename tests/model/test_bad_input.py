@@ -43,7 +43,7 @@ def test_a_memory_that_does_not_exist():
 
 
 def test_a_gate_function_that_does_not_exist():
-    for value in ("nonsense", "one"):  # the second one is no choice of a config
+    for value in ("nonsense", "one"):  # the second one is not a choice of a config
         assert all(repr(name) in refused("gate_function", value) for name in GATE_NAMES)
     refused("gate_function", 1)
 
