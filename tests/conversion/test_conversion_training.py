@@ -196,12 +196,12 @@ def empty(folder):
 
 
 BAD = {
-    bad_index: "no index of a sharded",
+    bad_index: "not an index of a sharded",
     cut_index: "damaged",
     cut_data: "damaged or cut off",
     lost_data: "not there",
     code_in_a_file: "holds code",
-    no_state_dict: "no state dict",
+    no_state_dict: "not a state dict",
     empty: "holds no model.safetensors",
 }
 
