@@ -13,7 +13,17 @@ from setuptools.command.build_py import build_py
 TRAIN = ["peft", "datasets", "matplotlib"]
 GGUF = ["gguf>=0.17"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff"]
-TEST = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "setuptools>=77", *TRAIN, *GGUF]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "pytest-timeout",
+    "hypothesis",
+    "ruff",
+    "import-linter>=2.17",
+    "setuptools>=77",
+    *TRAIN,
+    *GGUF,
+]
 
 
 class BuildPy(build_py):
