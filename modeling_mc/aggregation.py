@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 from ..kernels.read.gates import CONSTANT, apply_gates, content_gates, logits_of_chosen
-from .cache_layer import Kept
 from .history import Caches
 from .memories import Memory, State, Trace, mix_answers
+from .storage import Kept
 
 
 class Aggregation:

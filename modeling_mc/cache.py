@@ -11,8 +11,10 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_mc import LAYER_TYPE
 from .borders import Borders
-from .cache_layer import Kept, MCCacheLayer, is_memory_layer, own_layer
+from .cache_layer import MCCacheLayer, is_memory_layer, own_layer
+from .cache_layer import MCStaticCacheLayer as MCStaticCacheLayer  # pickles of earlier versions look for it here
 from .memory_file import fingerprints, read, write
+from .storage import Kept
 from .summary import Summary
 
 
@@ -273,7 +275,7 @@ def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], borders: Borders, num_
     rows: dict[str, list[torch.Tensor]] = {}
     for number, part in enumerate(parts):
         finished, rest = borders.finished(int(part.position)), borders.offset(int(part.position))
-        states = Kept(part).all()
+        states = Kept(part.storage).all()
         found = {f"kept.{i}": state[:, :finished] for i, state in enumerate(states)}
         if "summaries" in part.tensors:
             found["summaries"] = part.tensors["summaries"][:, :finished]
@@ -290,9 +292,9 @@ def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], borders: Borders, num_
     layer.signature = last.signature
     layer.tensors = {name: x for name, x in last.tensors.items() if not name.startswith("scale.")}  # decoded by now
     for name, tensors in rows.items():  # where they are computed, which need not be where `last` keeps them
-        layer.put(name, torch.cat([*tensors, tensors[-1].new_zeros(1, 1, *tensors[-1].shape[2:])], 1))
+        layer.storage.put(name, torch.cat([*tensors, tensors[-1].new_zeros(1, 1, *tensors[-1].shape[2:])], 1))
     finished = layer.tensors["kept.0"].shape[1] - 1
     position = borders.start(finished) + borders.offset(int(last.position))
-    layer.put("position", torch.full_like(last.position, position))
+    layer.storage.put("position", torch.full_like(last.position, position))
     layer.lazy_initialization(last.tensors["state.0"])
     layer.num_tokens = position

@@ -9,9 +9,10 @@ level is enough, and one running memory per level, the highest of which has not 
 import torch
 
 from .borders import Borders
-from .cache_layer import Kept, MCCacheLayer
+from .cache_layer import MCCacheLayer
 from .history import NEVER, Caches, GatesReceived, History, Level
 from .segments import rows_where
+from .storage import Kept
 
 
 class FenwickHistory(History):
@@ -25,7 +26,7 @@ class FenwickHistory(History):
         return self.num_levels(num_tokens, True)
 
     def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
-        known = layer.group("state")[0].shape[1] - self.lead
+        known = layer.storage.group("state")[0].shape[1] - self.lead
         super().grow(layer, num_tokens)
         if self.num_blocks > 1 and "sums" in layer.tensors:
             # a new level has sub-blocks twice as long as those of the level that it is copied from
@@ -33,14 +34,14 @@ class FenwickHistory(History):
             for level in range(known, len(sums)):
                 pairs = torch.nn.functional.pad(sums[level - 1], (0, 0, 0, self.num_blocks))
                 sums[level] = pairs.unflatten(2, (self.num_blocks, 2)).sum(3)
-            layer.put("sums", torch.stack(sums, 1))
+            layer.storage.put("sums", torch.stack(sums, 1))
 
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         """One row of L level slots (and one that nobody reads) per grid segment: `[R * N, L + 1, H, ...]`."""
         table, num = levels[0].table, len(levels)
         finished = table.number  # [R, N] segments before, of the same sequence
         row = torch.arange(len(finished), device=finished.device)[:, None]
-        kept = [] if layer is None else [*Kept(layer).all(), layer.tensors.get("summaries")]
+        kept = [] if layer is None else [*Kept(layer.storage).all(), layer.tensors.get("summaries")]
         slots: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             first = table.first_of_level(level.table)
@@ -60,7 +61,7 @@ class FenwickHistory(History):
         return Caches(tuple(stacked), summaries, birth, torch.zeros_like(birth[:, :1]))
 
     def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
-        kept = [*Kept(layer).all(), layer.tensors.get("summaries")] if layer.group("kept") else []
+        kept = [*Kept(layer.storage).all(), layer.tensors.get("summaries")] if layer.storage.group("kept") else []
         finished: list[list[torch.Tensor]] = []
         for bit, level in enumerate(levels):
             new = level.table.running_index() - 1  # last segment of this level that this grid has finished
@@ -69,7 +70,7 @@ class FenwickHistory(History):
                 parts = [rows_where(new < 0, old[:, bit], part) for old, part in zip(kept, parts, strict=False)]
             finished.append(parts)
         for name, parts in zip(self._names(), zip(*finished, strict=True), strict=False):
-            layer.put(name, torch.stack(parts, 1))
+            layer.storage.put(name, torch.stack(parts, 1))
 
     def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
         return borders.finished(layer.position)[:, None] >> slot & 1 == 1

@@ -13,10 +13,11 @@ import torch
 
 from ..kernels.step.slot import slot_write
 from .borders import Borders
-from .cache_layer import Kept, MCCacheLayer
+from .cache_layer import MCCacheLayer
 from .memories import Memory, State
 from .segments import SegmentTable, rows_where
 from .shards import Shards
+from .storage import Kept
 from .summary import Summary
 
 
@@ -70,15 +71,13 @@ class Level:
         return [*self.ends[:num_read], *([] if mean is None else [mean])]
 
 
-class History:
-    """Keeps the finished segments of a memory layer; constant segmentation, the oldest leave a full cache.
+class Slots:
+    """What a cache layer holds for a memory, and how much of it: both halves of a history build on it.
 
-    In the cache layer: running states of all levels `state.i` `[B, L, H, ...]` and their sums `sums`
-    `[B, L, H, m, du]`; finished segments `kept.i` `[B, S, H, ...]` and `summaries` `[B, S, H, m, du]`. Here L = 1 and
-    segment i of a row is kept in slot i modulo S.
+    Running states of all levels `state.i` `[B, L, H, ...]` and their sums `sums` `[B, L, H, m, du]`; finished segments
+    `kept.i` `[B, S, H, ...]` and `summaries` `[B, S, H, m, du]`. Here L = 1 and segment i of a row is kept in slot i
+    modulo S.
     """
-
-    needs_gates = False
 
     def __init__(self, config, memory: Memory, carry: bool) -> None:
         self.memory, self.carry, self.borders = memory, carry, Borders.of(config)
@@ -88,7 +87,10 @@ class History:
         self.num_blocks = config.summaries_per_segment
         self.max_segments: int | None = config.max_cached_segments
 
-    # --------------------------------------------------------------------------------------------------- sizes
+    def _names(self) -> list[str]:
+        """What is kept of finished segments."""
+        return [f"kept.{i}" for i in range(self.memory.num_read)] + ["summaries"]
+
     def num_levels(self, num_tokens: int, running: bool) -> int:
         """Levels needed by rows of at most `num_tokens`; `running`: and the one above, for the tokens after them."""
         return 1
@@ -116,24 +118,27 @@ class History:
     def begin(self, layer: MCCacheLayer, rows: int, sums_shape: tuple | None, device, dtype) -> None:
         """Fill an empty cache layer: nothing written, one level, one (empty) slot."""
         state = self.memory.initial_state(rows, device, dtype)
-        layer.put("position", torch.zeros(rows, dtype=torch.int64, device=device))
+        layer.storage.put("position", torch.zeros(rows, dtype=torch.int64, device=device))
         for i, part in enumerate(state):
-            layer.put(f"state.{i}", part[:, None].expand(-1, self.lead + 1, *part.shape[1:]))
+            layer.storage.put(f"state.{i}", part[:, None].expand(-1, self.lead + 1, *part.shape[1:]))
             if self.keeps and i < self.memory.num_read:
-                layer.put(f"kept.{i}", torch.zeros_like(part)[:, None])
+                layer.storage.put(f"kept.{i}", torch.zeros_like(part)[:, None])
         if sums_shape is not None:
             for name in ("sums", "summaries"):
-                layer.put(name, torch.zeros(rows, 1, *sums_shape, device=device, dtype=dtype))
+                layer.storage.put(name, torch.zeros(rows, 1, *sums_shape, device=device, dtype=dtype))
 
     def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
         """Make room for `num_tokens` more tokens: slots, and levels, which start as copies of the endless top one."""
         total = layer.bound(num_tokens)
-        layer.extend(("kept.", "scale.", "summaries"), self.num_slots(total))
+        layer.storage.extend(("kept.", "scale.", "summaries"), self.num_slots(total))
         levels = self.num_levels(total, True)
-        layer.extend(("state.",), self.lead + levels, copy_last=True)
-        layer.extend(("sums",), levels, copy_last=True)
+        layer.storage.extend(("state.",), self.lead + levels, copy_last=True)
+        layer.storage.extend(("sums",), levels, copy_last=True)
 
-    # --------------------------------------------------------------------------------------------- whole grids
+
+class GridHistory(Slots):
+    """The half that whole grids ask: `caches` before they read, `leave` after."""
+
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         """What the tokens of a grid may read: memories kept in `layer`, then the end states of the grid.
 
@@ -163,7 +168,7 @@ class History:
             old = states[0].shape[1] - level.table.num_segments
             return states, summaries, torch.ones(len(states[0]), old, dtype=torch.bool, device=states[0].device)
         finished = level.table.finished_before[:, None]
-        kept, old = Kept(layer).all(), layer.tensors.get("summaries")
+        kept, old = Kept(layer.storage).all(), layer.tensors.get("summaries")
         slots = kept[0].shape[1]
         slot, count = torch.arange(slots, device=finished.device), finished.clamp(max=slots)
         if in_order:
@@ -202,13 +207,10 @@ class History:
             for column, state in zip(columns, endless, strict=False):
                 column.insert(0, state[row, last])
         for name, parts in zip(names, columns, strict=False):
-            layer.put(name, torch.stack(parts, 1))
+            layer.storage.put(name, torch.stack(parts, 1))
         if self.keeps:
             self._leave_finished(levels, caches, layer, row)
-        layer.put("position", levels[0].table.next_position)
-
-    def _names(self) -> list[str]:
-        return [f"kept.{i}" for i in range(self.memory.num_read)] + ["summaries"]
+        layer.storage.put("position", levels[0].table.next_position)
 
     def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
         table, total = levels[0].table, caches.birth.shape[1]
@@ -220,12 +222,15 @@ class History:
         place = place.clamp(0, total - 1)
         for name, part in zip(self._names(), (*caches.states, caches.summaries), strict=True):
             if part is not None:
-                layer.put(name, part[row[:, None], place])
+                layer.storage.put(name, part[row[:, None], place])
 
-    # ---------------------------------------------------------------------------------------------- one token
+
+class TokenHistory(Slots):
+    """The half that one token per row asks: `kept` before it reads, `push` after it is written."""
+
     def kept(self, layer: MCCacheLayer, borders: Borders) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
         """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
-        kept = Kept(layer)
+        kept = Kept(layer.storage)
         slot = torch.arange(kept.num_slots, device=layer.position.device)
         return kept, layer.tensors.get("summaries"), self._readable(layer, borders, slot)
 
@@ -259,7 +264,7 @@ class History:
             if sums is not None:
                 done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(segment))))
             for name, value in done:
-                layer.store(name, value, slot, full, backend)
+                layer.storage.store(name, value, slot, full, backend)
         running = {f"state.{i}": state for i, state in enumerate(states)}
         if not self.carry:
             fresh = self.memory.initial_state(1, position.device, states[0].dtype)
@@ -272,9 +277,15 @@ class History:
             if real is not None:
                 before, absent = layer.tensors[name], ~real[:, None].expand(after.shape[:2])
                 after = slot_write(after, before, None, absent, True, backend)
-            layer.put(name, after)
-        layer.put("position", position + (1 if real is None else real))
+            layer.storage.put(name, after)
+        layer.storage.put("position", position + (1 if real is None else real))
 
     def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         """Slots `[B, L]` that segments number `segment` `[B, L]` of all levels take where they are `full` `[B, L]`."""
         return segment % layer.tensors["kept.0"].shape[1]
+
+
+class History(GridHistory, TokenHistory):
+    """Keeps the finished segments of a memory layer; constant segmentation, the oldest leave a full cache."""
+
+    needs_gates = False  # whether `push` asks what past segments received

@@ -73,8 +73,8 @@ class LeastReadHistory(History):
         self._leave_occupants(self._occupants(None, rows, device), layer)
 
     def _leave_occupants(self, who: Occupants, layer: MCCacheLayer) -> None:
-        layer.put("segment", who.segment)
-        layer.put("received", who.received)
+        layer.storage.put("segment", who.segment)
+        layer.storage.put("received", who.received)
 
     def caches(self, levels: list[Level], layer: MCCacheLayer | None, gates_received: GatesReceived) -> Caches:
         table, number, finishes = levels[0].table, levels[0].table.number, levels[0].table.finishes()
@@ -109,7 +109,7 @@ class LeastReadHistory(History):
     def _leave_finished(self, levels, caches: Survivors, layer: MCCacheLayer, row: torch.Tensor) -> None:
         for name, part in zip(self._names(), caches.after, strict=True):
             if part is not None:
-                layer.put(name, part)
+                layer.storage.put(name, part)
         self._leave_occupants(caches.who, layer)
 
     def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ class Mixer(nn.Module):
             coarse = table.coarser(1 << bit)
             k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
             gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
-            running = before and before.group("state")
+            running = before and before.storage.group("state")
             state = before and tuple(part[:, lead + bit] for part in running)
             inputs = (coarse.to_grid(parts.q) if bit else q, k, v, gates, coarse)
             if lead and not bit:
@@ -172,7 +172,7 @@ class Mixer(nn.Module):
         self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, table: SegmentTable, time: int
     ) -> torch.Tensor:
         """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
-        running = layer.group("state")
+        running = layer.storage.group("state")
         levels = running[0].shape[1]
         borders = table.borders.levels(levels - self.history.lead, layer.position.device)
 
@@ -284,7 +284,7 @@ class Mixer(nn.Module):
             layer = cache.layers[self.layer_idx]
             layer.check(self.cache_signature, hidden_states.shape[0])
             if layer.record_past:
-                layer.remember(self, hidden_states, table.mask)
+                layer.rollback.remember(layer, self, hidden_states, table.mask)
         x = table.compact(hidden_states)
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
@@ -342,7 +342,7 @@ class MCMixer(Mixer):
         tail = None if layer is None else layer.tensors.get(f"conv.{name}")
         y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
         if layer is not None:
-            layer.put(f"conv.{name}", tail)
+            layer.storage.put(f"conv.{name}", tail)
         return F.silu(y)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:

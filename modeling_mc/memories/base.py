@@ -237,7 +237,7 @@ class Memory(nn.Module):
 
     def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function, scale=None):
         """Answers of one token per row from its running state and the kept ones, and the slots that were read; see
-        `kernels.step.decode`. online: the leading tensors of the running state. kept: `cache.Kept`. scale: see
+        `kernels.step.decode`. online: the leading tensors of the running state. kept: `Kept` of storage.py. scale: see
         `mix_answers`."""
         answer = self.read(online, q)
         q = answer if self.own_gates else q

@@ -308,7 +308,7 @@ def test_half_precision(rule):
         model.config.mc_backend = backend
         with torch.autocast("cpu", torch.bfloat16):
             cache = model(ids, use_cache=True)[CACHE_NAME]
-        states.append([*cache.layers[0].group("state")[:2], *cache.layers[0].group("kept")])
+        states.append([*cache.layers[0].storage.group("state")[:2], *cache.layers[0].storage.group("kept")])
     for parallel, one_by_one in zip(*states, strict=True):
         assert parallel.dtype == one_by_one.dtype == torch.float32
         assert_close(parallel, one_by_one, 1e-4)

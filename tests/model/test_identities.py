@@ -212,8 +212,8 @@ def test_reads_are_sums_of_answers(fields):
     got = Answers(tokens(1, 3 * SIZE + 4), **fields)
     layer, mixer = got.cache.layers[0], got.model.model.layers[0].mixer
     q = got.given.q[:, -1]
-    kept = [tuple(s[:, i] for s in layer.group("kept")) for i in range(3)]
-    online = tuple(s[:, 0] for s in layer.group("state"))[: mixer.memory.num_read]
+    kept = [tuple(s[:, i] for s in layer.storage.group("kept")) for i in range(3)]
+    online = tuple(s[:, 0] for s in layer.storage.group("state"))[: mixer.memory.num_read]
     answers = torch.stack([mixer.memory.read(state, q) for state in (*kept, online)], -1)  # [1, H, dv, 4]
     gates = torch.ones(2, 4, dtype=q.dtype)
     if aggregation == "mean":
