@@ -32,24 +32,21 @@ def memory_layer(cache: Cache, index: int) -> "MCCacheLayer":
         ValueError: it was made without a config, is the cache of an attention layer, or of a model with fewer layers,
             or no cache at all.
     """
-    kind, layers = type(cache).__name__, getattr(cache, "layers", ())
-    if isinstance(cache, Cache) and not layers:
-        raise ValueError(
-            f"`cache` ({kind}) was made without a config, so it does not know which layers it is for, allowed: "
-            f"{kind}(config=model.config)"
-        )
+    layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
     if not is_memory_layer(layer):
-        found, hint = "nothing", ""
+        found, why = "nothing", ""
         if layer is not None:
             found = type(layer).__name__
-            hint = (
-                "; PEFT's prefix tuning hands over keys and values of attention, which a memory layer cannot use: "
-                "take prompt tuning or LoRA"
+            why = (
+                " (PEFT's prefix tuning hands over keys and values of attention, which a memory layer cannot use: "
+                "take prompt tuning or LoRA)"
             )
+        elif isinstance(cache, Cache) and not layers:
+            why = ", because it was made without a config"
         raise ValueError(
-            f"`cache` ({kind}) holds {found} for memory layer {index}, allowed: an MCCache or "
-            f"DynamicCache(config=model.config){hint}"
+            f"`cache` ({type(cache).__name__}) holds {found} for memory layer {index}{why}, allowed: "
+            "MCCache(config=model.config) or DynamicCache(config=model.config)"
         )
     cache.layers[index] = layer = own_layer(layer)
     return layer

@@ -294,6 +294,13 @@ def test_a_cache_is_made_from_a_config(model):
         MCCache(model)
 
 
+@pytest.mark.parametrize("kind", [MCCache, DynamicCache])
+def test_a_cache_without_a_config(model, kind):
+    with pytest.raises(ValueError, match="made without a config.*allowed.*config=model.config") as error:
+        model(tokens(1, 5), cache=kind())
+    assert "prefix" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "make", [DynamicCache, lambda: (1, 2), lambda: MCCache(small_config())], ids=["empty", "tuple", "one-layer"]
 )

@@ -1,17 +1,20 @@
 """Bounded, offloaded and quantised memories, memories as files, and joined memories."""
 
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import StaticCache
 
 from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, relative_error, small_config, tokens
 from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc import cache as mc_cache
+from mc_transformers.modeling_mc.cache_layer import MCCacheLayer, MCStaticCacheLayer
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 from mc_transformers.modeling_mc.memory_file import FILE
 
@@ -99,6 +102,26 @@ def test_offloaded_states_are_exact_and_quantised_ones_close(memory: str) -> Non
     assert errors["int8 bytes"] < errors["bf16 bytes"] < plain.nbytes
 
 
+@pytest.mark.parametrize("memory", ["linear", "titans", "lstm"])
+@torch.no_grad()
+def test_rounding_of_int8_states(memory: str) -> None:
+    """Of a first layer, whose states do not depend on what is read: nothing is off by more than half a step, a step is
+    a 127th of the largest number in a row of a state, and that number has the code 127. In one pass and per token."""
+    model = build(small_config(memory, segment_size=4), dtype=torch.float64)
+    ids = tokens(2, 30)
+    exact, coded = MCCache(model.config), MCCache(model.config, state_dtype=torch.int8)
+    for cache in (exact, coded):
+        for piece in ids.split([17] + [1] * 13, 1):
+            model(piece, cache=cache)
+    for i, state in enumerate(exact.layers[0].storage.group("kept")):
+        codes, scale = (coded.layers[0].tensors[f"{name}.{i}"][:, :7] for name in ("kept", "scale"))
+        state = state[:, :7]  # 7 segments are finished
+        largest = state.abs().amax(-1, keepdim=True)
+        assert codes.dtype == torch.int8 and (largest > 0).any()
+        assert ((codes * scale - state).abs() <= largest / 127 / 2 * (1 + 1e-6)).all()
+        assert (codes.abs().amax(-1, keepdim=True) == torch.where(largest > 0, 127, 0)).all()
+
+
 @torch.no_grad()
 def test_offloaded_layers_come_back_when_they_are_needed() -> None:
     """Transformers' own offloading, of whole layers, on a device that only knows where its tensors are. Nothing may
@@ -149,6 +172,34 @@ def test_memory_file_round_trip_is_bit_equal(fields: dict, tmp_path) -> None:
     again = model(ids[:, 21:], cache=loaded).logits
     assert torch.equal(again, model(ids[:, 21:], cache=cache).logits)
     assert os.listdir(tmp_path / "memory") == [FILE]
+
+
+@pytest.mark.parametrize("kind", [MCCache, StaticCache])
+@torch.no_grad()
+def test_a_cache_that_an_earlier_version_pickled(kind: type) -> None:
+    """Its layers held tensors and record themselves, and it named other modules."""
+    model = build(small_config())
+    ids, options = tokens(2, 37), {"max_cache_len": 40} if kind is StaticCache else {}
+    cache = kind(config=model.config, **options)
+    model(ids[:, :21], cache=cache)
+    if kind is StaticCache:  # drafts on the way
+        cache.activate_past_recording()
+        model(ids[:, 21:26] + 1, cache=cache)
+    for index, layer in enumerate(cache.layers):
+        names = ("tensors", "num_tokens", "kept_dtype", "kept_device", "record_past", "recorded")
+        old = vars(layer) | {name: getattr(layer, name) for name in names} | {"snapshot": None}
+        if layer.storage.snapshot is not None:
+            tensors, num_tokens = layer.storage.snapshot
+            old["snapshot"] = {"tensors": tensors, "num_tokens": num_tokens, "initialized": True}
+        del old["storage"], old["rollback"]
+        cache.layers[index] = type(layer).__new__(type(layer))
+        cache.layers[index].__setstate__(old)
+    if kind is StaticCache:
+        cache.crop(-5)
+    assert_close(model(ids[:, 21:], cache=cache).logits, model(ids).logits[:, 21:])
+    assert pickle.loads(b"cmc_transformers.modeling_mc.mc_cache\nMCCache\n.") is MCCache
+    for name, layer in (("MCCacheLayer", MCCacheLayer), ("MCStaticCacheLayer", MCStaticCacheLayer)):
+        assert pickle.loads(f"cmc_transformers.modeling_mc.cache\n{name}\n.".encode()) is layer
 
 
 @torch.no_grad()
