@@ -216,8 +216,7 @@ class MCCache(DynamicCache):
             if is_memory_layer(layer):
                 kept = layer.kept_device or device
                 layer.tensors = {n: t.to(kept) if n.startswith(("kept.", "scale.")) else t for n, t in parts.items()}
-                signature = {"online_memory": "segment"} | about["signature"]  # which earlier files lack
-                layer.signature, layer.num_tokens = signature, about["num_tokens"]
+                layer.signature, layer.num_tokens = about["signature"], about["num_tokens"]
                 layer.lazy_initialization(parts["state.0"])
             else:
                 layer.lazy_initialization(parts["keys"], parts["values"])

@@ -11,6 +11,10 @@ from .rollback import Rollback
 from .storage import FixedStorage, Storage
 
 
+# what of a signature earlier versions did not know, in files and pickles, and what it then was
+LATER = {"online_memory": "segment"}
+
+
 def memory_caching_mask(
     config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> torch.Tensor | None:
@@ -139,8 +143,9 @@ class MCCacheLayer(CacheLayerMixin):
             self.signature = signature
             return
         if self.signature != signature:
-            differ = [f"{k}={self.signature[k]!r}, here {v!r}" for k, v in signature.items() if self.signature[k] != v]
-            raise ValueError(f"`cache` was filled by another model ({'; '.join(differ)}): use a new cache")
+            mine, theirs = LATER | self.signature, LATER | signature
+            if differ := [f"{k}={mine[k]!r}, here {v!r}" for k, v in theirs.items() if mine[k] != v]:
+                raise ValueError(f"`cache` was filled by another model ({'; '.join(differ)}): use a new cache")
         if self.position.shape[0] != batch_size:
             raise ValueError(f"`cache` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}")
         self._fetch()

@@ -191,6 +191,7 @@ def test_a_cache_that_an_earlier_version_pickled(kind: type) -> None:
         if layer.storage.snapshot is not None:
             tensors, num_tokens = layer.storage.snapshot
             old["snapshot"] = {"tensors": tensors, "num_tokens": num_tokens, "initialized": True}
+        old["signature"] = {k: v for k, v in layer.signature.items() if k != "online_memory"}
         del old["storage"], old["rollback"]
         cache.layers[index] = type(layer).__new__(type(layer))
         cache.layers[index].__setstate__(old)
