@@ -15,6 +15,7 @@ from .modeling_mc.model import (
     MCPreTrainedModel,
 )
 from .modeling_mc.registration import register_auto_classes
+from .modeling_mc.rnn import CachedRNN, wrap_rnn
 from .modeling_mc.warmup import warmup
 from .tokenization_mc import byte_tokenizer
 
@@ -27,6 +28,7 @@ register_auto_classes(
 
 __all__ = [
     "MC_LORA_TARGETS",
+    "CachedRNN",
     "MCCache",
     "MCCacheLayer",
     "MCConfig",
@@ -40,4 +42,5 @@ __all__ = [
     "byte_tokenizer",
     "make_cache",
     "warmup",
+    "wrap_rnn",
 ]

@@ -144,7 +144,7 @@ class MCCacheLayer(CacheLayerMixin):
             return
         if self.signature != signature:
             mine, theirs = LATER | self.signature, LATER | signature
-            if differ := [f"{k}={mine[k]!r}, here {v!r}" for k, v in theirs.items() if mine[k] != v]:
+            if differ := [f"{k}={mine.get(k)!r}, here {v!r}" for k, v in theirs.items() if mine.get(k) != v]:
                 raise ValueError(f"`cache` was filled by another model ({'; '.join(differ)}): use a new cache")
         if self.position.shape[0] != batch_size:
             raise ValueError(f"`cache` holds a batch of {self.position.shape[0]} rows, the input has {batch_size}")

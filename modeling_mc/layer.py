@@ -2,6 +2,7 @@
 """The layer alone: Memory Caching as a module of any model."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -11,8 +12,10 @@ from transformers.cache_utils import Cache
 
 from ..configuration_mc import MCConfig
 from .cache import MCCache
+from .cache_layer import MCCacheLayer
 from .context_parallel import active_shards, check_shards
-from .mixer import MCMixer
+from .mixer import MCMixer, Mixer
+from .segments import SegmentTable
 
 
 # fields of the config that are arguments of their own here, or that only a whole model has
@@ -42,7 +45,97 @@ NOT_OF_A_LAYER = {
 }
 
 
-class MemoryCaching(nn.Module):
+def config_of_layer(who: str, allowed: Iterable[str], fields: dict, num_hidden_layers: int, **others) -> MCConfig:
+    """The config of a layer that stands alone.
+
+    Args:
+        who: named in errors. allowed: names of fields that the user may give. fields: those that were given.
+
+    Raises:
+        ValueError: a name that is not allowed, or what `MCConfig` refuses.
+    """
+    for name in fields.keys() - set(allowed):
+        near = difflib.get_close_matches(name, allowed, 1, 0.7)
+        hint = f"; is `{near[0]}` meant?" if near else f", allowed: {', '.join(sorted(allowed))}"
+        raise ValueError(f"{who}: `{name}` is not a field of a memory layer{hint}")
+    if num_hidden_layers < 1:
+        raise ValueError(f"{who}: `layer_idx`={num_hidden_layers - 1} is not valid, allowed: an integer >= 0")
+    return MCConfig(vocab_size=1, intermediate_size=0, num_hidden_layers=num_hidden_layers, **others, **fields)
+
+
+class CachedLayer(nn.Module):
+    """A mixer in a model of somebody else's: it finds out by itself where its tokens stand.
+
+    Attributes:
+        config: the `MCConfig` that its arguments amount to.
+    """
+
+    def __init__(self, config: MCConfig, mixer: Mixer) -> None:
+        super().__init__()
+        self.config, self.mixer = config, mixer
+
+    @property
+    def layer_idx(self) -> int:
+        """Its number among the layers that share a cache."""
+        return self.mixer.layer_idx
+
+    def _place(
+        self,
+        x: torch.Tensor,
+        width: int,
+        attention_mask: torch.Tensor | None,
+        cu_seq_lens: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[SegmentTable, MCCacheLayer | None]:
+        """Where tokens `[B, T, width]` stand, and what of the cache they read.
+
+        Raises:
+            ValueError: arguments that do not fit; see `MemoryCaching.forward`.
+        """
+        if x.ndim != 3 or x.shape[-1] != width or not x.numel() or not x.is_floating_point():
+            raise ValueError(
+                f"`x` must be floats of shape (rows, tokens, {width}), at least one row and token, "
+                f"got {tuple(x.shape)} of {x.dtype}"
+            )
+        if active_shards() is not None:
+            absent = {"attention_mask": attention_mask, "cu_seq_lens": cu_seq_lens, "cache": cache}
+            check_shards(self.config, x.shape[1], **absent)
+        if cache is not None and cu_seq_lens is not None:
+            raise ValueError("`cu_seq_lens` (packed documents) and `cache` exclude each other: leave one out")
+        layer = None
+        if cache is not None:
+            if self.layer_idx >= len(cache.layers):
+                raise ValueError(
+                    f"`cache` has {len(cache.layers)} layers, and this one is number {self.layer_idx}: make it by "
+                    "`make_cache(model)`, for all layers of a model"
+                )
+            layer = self.mixer.cache_layer(cache, x)
+        if attention_mask is not None and layer is not None:
+            attention_mask = self._new_part(attention_mask, x, layer)
+        table = self.mixer.table(x, attention_mask, layer, cu_seq_lens=cu_seq_lens)
+        return replace(table, shards=active_shards()), layer
+
+    @staticmethod
+    def _new_part(mask: torch.Tensor, x: torch.Tensor, layer: MCCacheLayer) -> torch.Tensor:
+        """The mask of the tokens x `[B, T, ...]` alone."""
+        rows, num_tokens = x.shape[:2]
+        if tuple(mask.shape) == (rows, num_tokens):
+            return mask
+        seen = layer.get_seq_length()
+        if not torch.compiler.is_compiling() and tuple(mask.shape) != (rows, int(seen) + num_tokens):
+            raise ValueError(
+                f"`attention_mask` must have shape {(rows, num_tokens)} or, with what was read, "
+                f"{(rows, int(seen) + num_tokens)}, got {tuple(mask.shape)}"
+            )
+        return mask[:, -num_tokens:]
+
+    def extra_repr(self) -> str:
+        """What kind of layer it is."""
+        names = ("memory", "aggregation", "segmentation", "segment_size", "state_init")
+        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in names)
+
+
+class MemoryCaching(CachedLayer):
     """A sequence mixer with cached memories, `[B, T, hidden_size]` to the same: what stands in the place of attention
     in an `MCModel`, without the model. Norms before it, residuals and MLPs are yours.
 
@@ -86,32 +179,19 @@ class MemoryCaching(nn.Module):
         layer_idx: int = 0,
         **fields,
     ) -> None:
-        super().__init__()
-        allowed = set(MCConfig.__annotations__) - NOT_OF_A_LAYER
-        for name in fields.keys() - allowed:
-            near = difflib.get_close_matches(name, allowed, 1, 0.7)
-            hint = f"; is `{near[0]}` meant?" if near else f", allowed: {', '.join(sorted(allowed))}"
-            raise ValueError(f"MemoryCaching: `{name}` is not a field of a memory layer{hint}")
-        if layer_idx < 0:
-            raise ValueError(f"MemoryCaching: `layer_idx`={layer_idx} is not valid, allowed: an integer >= 0")
-        self.config = MCConfig(
-            vocab_size=1,
+        config = config_of_layer(
+            "MemoryCaching",
+            set(MCConfig.__annotations__) - NOT_OF_A_LAYER,
+            fields,
             hidden_size=hidden_size,
-            intermediate_size=0,
             num_hidden_layers=layer_idx + 1,
             num_attention_heads=num_heads,
             memory=memory,
             aggregation=aggregation,
             segment_size=segment_size,
-            **fields,
         )
-        self.mixer = MCMixer(self.config, layer_idx)
+        super().__init__(config, MCMixer(config, layer_idx))
         self.reset_parameters()
-
-    @property
-    def layer_idx(self) -> int:
-        """Its number among the layers that share a cache."""
-        return self.mixer.layer_idx
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -150,51 +230,12 @@ class MemoryCaching(nn.Module):
         Raises:
             ValueError: x, mask or borders of another shape, or a cache that was filled by another model or batch.
         """
-        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size or not x.numel() or not x.is_floating_point():
-            raise ValueError(
-                f"`x` must be floats of shape (rows, tokens, {self.config.hidden_size}), at least one row and token, "
-                f"got {tuple(x.shape)} of {x.dtype}"
-            )
-        if active_shards() is not None:
-            absent = {"attention_mask": attention_mask, "cu_seq_lens": cu_seq_lens, "cache": cache}
-            check_shards(self.config, x.shape[1], **absent)
-        if cache is not None and cu_seq_lens is not None:
-            raise ValueError("`cu_seq_lens` (packed documents) and `cache` exclude each other: leave one out")
-        layer = None
-        if cache is not None:
-            if self.layer_idx >= len(cache.layers):
-                raise ValueError(
-                    f"`cache` has {len(cache.layers)} layers, and this one is number {self.layer_idx}: make it by "
-                    "`make_cache(model)`, for all MemoryCaching layers of a model"
-                )
-            layer = self.mixer.cache_layer(cache, x)
-        if attention_mask is not None:
-            attention_mask = self._new_part(attention_mask, x, layer)
-        table = self.mixer.table(x, attention_mask, layer, cu_seq_lens=cu_seq_lens)
-        return self.mixer(x, replace(table, shards=active_shards()), cache)
-
-    @staticmethod
-    def _new_part(mask: torch.Tensor, x: torch.Tensor, layer) -> torch.Tensor:
-        """The mask of the tokens x `[B, T, ...]` alone."""
-        rows, num_tokens = x.shape[:2]
-        if tuple(mask.shape) == (rows, num_tokens) or layer is None:
-            return mask  # of another shape: the table says what is allowed
-        seen = layer.get_seq_length()
-        if not torch.compiler.is_compiling() and tuple(mask.shape) != (rows, int(seen) + num_tokens):
-            raise ValueError(
-                f"`attention_mask` must have shape {(rows, num_tokens)} or, with what was read, "
-                f"{(rows, int(seen) + num_tokens)}, got {tuple(mask.shape)}"
-            )
-        return mask[:, -num_tokens:]
-
-    def extra_repr(self) -> str:
-        """What kind of layer it is."""
-        names = ("memory", "aggregation", "segmentation", "segment_size", "state_init")
-        return ", ".join(f"{name}={getattr(self.config, name)!r}" for name in names)
+        table, _ = self._place(x, self.config.hidden_size, attention_mask, cu_seq_lens, cache)
+        return self.mixer(x, table, cache)
 
 
 def make_cache(model: nn.Module, **kwargs) -> MCCache:
-    """An empty cache that the `MemoryCaching` layers of a model share: pass it to each of them, piece after piece.
+    """An empty cache that the `MemoryCaching` layers and wrapped RNNs of a model share: pass it to each of them.
 
     It is an `MCCache`: it knows its size, its rows can be selected and repeated (`batch_select_indices`), and it can
     be bounded, offloaded, stored in 8 bits and rolled back. Its files (`save_pretrained`) are for whole `MCModel`s:
@@ -207,11 +248,11 @@ def make_cache(model: nn.Module, **kwargs) -> MCCache:
     Raises:
         ValueError: no such layer in it, or two of the same number, or one that is missing.
     """
-    layers = {id(m): m for m in model.modules() if isinstance(m, MemoryCaching)}.values()
+    layers = [module for module in model.modules() if isinstance(module, CachedLayer)]
     found = sorted(layer.layer_idx for layer in layers)
     if not found or found != list(range(len(found))):
         raise ValueError(
-            f"make_cache: `model` has MemoryCaching layers with `layer_idx` {found}, allowed: one or more, numbered "
+            f"make_cache: `model` has layers with a memory with `layer_idx` {found}, allowed: one or more, numbered "
             "from 0 on without gaps"
         )
     return MCCache(config=max(layers, key=lambda layer: layer.layer_idx).config, **kwargs)

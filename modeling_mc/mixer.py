@@ -157,16 +157,18 @@ class Mixer(nn.Module):
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
         if not layer.is_initialized:
-            sums = (self.num_heads, self.config.summaries_per_segment, self.summary_dim)
-            self.history.begin(
-                layer, len(parts.q), sums if parts.u is not None else None, parts.q.device, compute_dtype(parts.q)
-            )
+            self.begin(layer, len(parts.q), parts.q.device, compute_dtype(parts.q))
         self.history.grow(layer, table.num_tokens)
         out = [
             self._token(parts.at(t), None if table.order is None else t < table.length, layer, table, begin + t)
             for t in range(table.num_tokens)
         ]
         return torch.stack(out, 1)
+
+    def begin(self, layer: MCCacheLayer, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Fill an empty layer of a cache with what it is before the first token."""
+        sums = (self.num_heads, self.config.summaries_per_segment, self.summary_dim)
+        self.history.begin(layer, rows, sums if self.aggregation.uses_gates else None, device, dtype)
 
     def _token(
         self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, table: SegmentTable, time: int

@@ -19,7 +19,7 @@ from ...kernels.read.segment import segment_read
 from ...kernels.read.selected import selected_read
 from ...kernels.read.vector import gated_sum
 from ...kernels.write.recurrent import recurrence
-from ..segments import SegmentTable
+from ..segments import SegmentTable, rows_where
 from .base import Memory, State, Trace, compute_dtype
 
 
@@ -71,6 +71,16 @@ class ReadGate(nn.Module):
         return x, torch.einsum("...hd,hed->...he", cached, of_cached)
 
 
+def last_output(hidden: torch.Tensor, valid: torch.Tensor | None, before: torch.Tensor) -> torch.Tensor:
+    """A cell's output `[B, ...]` after the last of its slots `[B, W, ...]` that is `valid` `[B, W]`; those come first.
+    Where there is none, what was `before` `[B, ...]`."""
+    if valid is None:
+        return hidden[:, -1]
+    length = valid.sum(1)
+    end = hidden[torch.arange(len(hidden), device=hidden.device), (length - 1).clamp(min=0)]
+    return rows_where(length > 0, end, before.to(end.dtype))
+
+
 class VectorMemory(Memory):
     """State: the cell's output h, and whatever else it carries, `[num, H, dv]` each; subclasses say which cell."""
 
@@ -78,10 +88,10 @@ class VectorMemory(Memory):
     num_states = 1
     own_fields = ("vector_read",)
 
-    def __init__(self, config) -> None:
+    def __init__(self, config, cell: nn.Module | None = None) -> None:
         super().__init__(config)
         inputs = self.num_heads * (self.key_dim + self.value_dim)
-        self.cell = Cell(inputs, self.num_heads * self.value_dim, self.cell_gates)
+        self.cell = Cell(inputs, self.num_heads * self.value_dim, self.cell_gates) if cell is None else cell
         self.multiplies = self.reads_query = config.vector_read == "multiply"
         self.own_gates = not self.multiplies and config.aggregation in ("grm", "soup", "ssc")
         if self.own_gates:
@@ -111,12 +121,7 @@ class VectorMemory(Memory):
         empty = None if valid is None or self.num_states == 1 else ~valid
         hidden, last = self.cell(x, tuple(s.flatten(1) for s in state), empty)
         hidden = hidden.unflatten(-1, (self.num_heads, -1))
-        if valid is None:
-            end = hidden[:, -1]
-        else:
-            length = valid.sum(1)
-            end = hidden[torch.arange(len(x), device=x.device), (length - 1).clamp(min=0)]
-            end = torch.where((length > 0)[:, None, None], end, state[0].to(end.dtype))
+        end = last_output(hidden, valid, state[0])
         return hidden, (end,) if self.num_states == 1 else (end, last.view_as(end))
 
     def write(self, q, k, v, gates, table: SegmentTable, state: State | None, carry: bool) -> Trace:
