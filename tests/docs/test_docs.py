@@ -22,12 +22,14 @@ from transformers import PreTrainedConfig
 
 import mc_transformers as mc
 from mc_transformers.cli.main import build_parser
+from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.conversion.sources import SOURCES
+from mc_transformers.modeling_mc.memories import MEMORIES
 
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 IDENTIFIERS = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
 
@@ -45,9 +47,13 @@ def test_python_blocks_run(page: Path, tmp_path, monkeypatch) -> None:
     only the checkpoints of the repository lie."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards", target_is_directory=True)
-    names = {"__name__": "documentation"}
-    for line, text in blocks(page, "python"):
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
+    names, known = {"__name__": "documentation"}, dict(MEMORIES)
+    try:
+        for line, text in blocks(page, "python"):
+            exec(compile("\n" * (line - 1) + text, str(page), "exec"), names)
+    finally:  # a page may register a memory
+        MEMORIES.clear()
+        MEMORIES.update(known)
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -249,6 +255,19 @@ def test_readme_counts_the_parameters_of_presets() -> None:
     with torch.device("meta"):
         sizes = [mc.MCForCausalLM(mc.MCConfig.from_preset(name)).num_parameters() for name in names]
     assert len(names) == 4 and re.findall(r"\d+", counts) == [f"{size / 1e6:.0f}" for size in sizes]
+
+
+def test_readme_explains_every_rule() -> None:
+    """Write and read rules, in few words each."""
+    tables = re.findall(
+        r"^\| `(memory|aggregation)`: .*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text("utf-8"), re.M
+    )
+    rules = {
+        field: [name for cell in re.findall(r"^\| (`.*?) \|", rows, re.M) for name in re.findall(r"`(\w+)`", cell)]
+        for field, rows in tables
+    }
+    assert sorted(rules["memory"]) == sorted(MEMORIES)
+    assert sorted(rules["aggregation"]) == sorted(CHOICES["aggregation"])
 
 
 def test_navigation_has_every_page() -> None:
