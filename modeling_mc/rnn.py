@@ -198,13 +198,13 @@ class CachedRNN(CachedLayer):
         states = [s.to(dtype).transpose(0, 1) for s in states]
         for i, part in enumerate(self.mixer.memory.pack(states[0], states[-1])):
             levels = layer.tensors[f"state.{i}"].shape[1]
-            layer.put(f"state.{i}", part[:, None].expand(-1, levels, *part.shape[1:]))
+            layer.storage.put(f"state.{i}", part[:, None].expand(-1, levels, *part.shape[1:]))
         layer.lazy_initialization(x)
 
     def _state(self, layer: MCCacheLayer | None, dtype: torch.dtype) -> RNNState | None:
         if layer is None:
             return None
-        hidden, cells = self.mixer.memory.unpack(tuple(part[:, 0] for part in layer.group("state")))
+        hidden, cells = self.mixer.memory.unpack(tuple(part[:, 0] for part in layer.storage.group("state")))
         hidden = hidden.transpose(0, 1).to(dtype).contiguous()
         return hidden if cells is None else (hidden, cells.transpose(0, 1).to(dtype).contiguous())
 
