@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from helpers import assert_close, build, name_of, small_config
 from mc_transformers.modeling_mc.borders import Borders
+from mc_transformers.modeling_mc.segments import SegmentTable
 from mc_transformers.modeling_mc.summary import Summary
 
 
@@ -61,3 +64,55 @@ def test_descriptors_are_means_of_the_tokens_that_are_there(num_blocks: int) -> 
     every = borders.levels(3, source.device)
     found = Summary(every, num_blocks).mean(torch.stack([sums(n, n) for n in (6, 12, 24)]), every.count(0))
     torch.testing.assert_close(found, torch.stack([naive(n, n) for n in (6, 12, 24)]))
+
+
+class Given(Borders):
+    """Borders that each row has for itself: `ends` `[R, n]`, positions behind the last token of every segment."""
+
+    def __init__(self, ends: torch.Tensor, shortest: int, longest: int) -> None:
+        for name, value in (("size", longest), ("ends", ends), ("shortest", shortest)):
+            object.__setattr__(self, name, value)
+
+    def finished(self, position):
+        rows = position.reshape(len(self.ends), -1)
+        return torch.searchsorted(self.ends, rows, right=True).view_as(position)
+
+    def offset(self, position):
+        return position - self.start(self.finished(position))
+
+    def full(self, position):
+        return self.start(self.finished(position) + 1) == position + 1
+
+    def start(self, segment):
+        starts = F.pad(self.ends, (1, 0))
+        return starts.gather(1, segment.reshape(len(starts), -1)).view_as(segment)
+
+    def count(self, segment):
+        return self.start(segment + 1) - self.start(segment)
+
+    def most_finished(self, num_tokens):
+        return num_tokens // self.shortest
+
+    def most_begun(self, num_tokens, anywhere=False):
+        return Borders(self.shortest).most_begun(num_tokens, anywhere)
+
+
+PLUGGED = [
+    {"aggregation": "grm", "summaries_per_segment": 2},
+    {"memory": "gated_delta", "aggregation": "ssc", "max_cached_segments": 3},
+    {"memory": "swla", "aggregation": "grm", "max_cached_segments": 3, "cache_eviction": "least_read"},
+    {"memory": "lstm", "aggregation": "mean", "state_init": "checkpoint"},
+]
+
+
+@pytest.mark.parametrize("fields", PLUGGED, ids=name_of)
+@torch.no_grad()
+def test_nobody_else_knows_where_segments_end(fields: dict) -> None:
+    """With another object in its place, whose segments have 3 to 8 tokens and differ between the rows, a whole grid
+    answers as token by token."""
+    mixer = build(small_config(**fields), dtype=torch.float64).model.layers[0].mixer
+    x = torch.randn(2, 37, 24, dtype=torch.float64)
+    borders = mixer.history.borders = Given(torch.randint(3, 9, (2, 20)).cumsum(1), 3, 8)
+    table = SegmentTable.build(2, 37, 8, x.device, position=torch.zeros(2, dtype=torch.int64)).cut(borders)
+    parts = mixer._project(x, table, None)
+    assert_close(mixer._grid(parts, table, None), mixer._reference(parts, table, None), 1e-12)
