@@ -16,6 +16,7 @@ from .cache_layer import MCStaticCacheLayer as MCStaticCacheLayer  # pickles of 
 from .memory_file import fingerprints, read, write
 from .storage import Kept
 from .summary import Summary
+from .transaction import transaction_of
 
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -119,6 +120,7 @@ class MCCache(DynamicCache):
             raise ValueError(
                 f"`input_ids` must be int64 or int32 of shape (rows, tokens), at least one each, got {found}"
             )
+        self._check_whole()
         rows, num_tokens = input_ids.shape
         seen = int(self.get_seq_length())
         if seen and self._rows != rows:
@@ -146,6 +148,11 @@ class MCCache(DynamicCache):
             "attention_mask": nn.functional.pad(attention_mask, (missing, 0), value=1),
         }
 
+    def _check_whole(self) -> None:
+        """Refuse a cache that a forward has left half-written, or is writing into."""
+        if (transaction := transaction_of(self)) is not None:
+            transaction.check()
+
     @property
     def _rows(self) -> int:
         """Rows of the batch that was read."""
@@ -166,8 +173,10 @@ class MCCache(DynamicCache):
             model: the model that filled this cache; the one that last did is known.
 
         Raises:
-            ValueError: nothing was read into the cache yet, or the model that filled it is gone and not passed.
+            ValueError: nothing was read into the cache yet, the model that filled it is gone and not passed, or a
+                forward into it did not end.
         """
+        self._check_whole()
         if not self.layers or not all(layer.is_initialized for layer in self.layers):
             raise ValueError("an empty cache cannot be saved: run the model on a text first")
         model = model if model is not None else self.filled_by and self.filled_by()
@@ -259,6 +268,8 @@ class MCCache(DynamicCache):
             for each in layers
         ):
             raise ValueError("MCCache.cat: `caches` must be one or more filled caches with a batch of one row each")
+        for cache in caches:
+            cache._check_whole()
         joined = cls(config=config)
         for index, layer in enumerate(joined.layers):
             parts = [cache.layers[index] for cache in caches]

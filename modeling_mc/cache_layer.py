@@ -9,6 +9,7 @@ from ..configuration_mc import LAYER_TYPE
 from .borders import Borders
 from .rollback import Rollback
 from .storage import FixedStorage, Storage
+from .transaction import Transaction
 
 
 # what of a signature earlier versions did not know, in files and pickles, and what it then was
@@ -113,6 +114,7 @@ class MCCacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         self.storage, self.rollback, self.signature = self._storage_type(), Rollback(), {}
+        self.transaction = Transaction()
 
     def __setstate__(self, state: dict) -> None:
         """Also of earlier versions, whose layers held tensors and record themselves."""
@@ -125,6 +127,7 @@ class MCCacheLayer(CacheLayerMixin):
             if snapshot is not None:
                 self.storage.snapshot = snapshot["tensors"], snapshot["num_tokens"]
                 self.rollback.was_initialized = snapshot["initialized"]
+        self.transaction = Transaction()
         vars(self).update(state)
 
     # ------------------------------------------------------------------------------------------------- for the mixer
@@ -226,7 +229,7 @@ class MCCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; a static layer keeps the tensors themselves, which the next forward fills anew."""
         self.storage.clear()
-        self.is_initialized, self.recorded = False, []
+        self.is_initialized, self.recorded, self.transaction = False, [], Transaction()
 
     def offload(self) -> None:
         """Move all tensors to host memory (Transformers' offloading layer by layer; see `MCCache` for segments). They
@@ -261,9 +264,11 @@ class MCCacheLayer(CacheLayerMixin):
 
         Raises:
             RuntimeError: more tokens than were recorded since the last crop (see `activate_past_recording`).
+            ValueError: the cache is broken or in use (see `Transaction`).
         """
-        self._fetch()
-        self.rollback.crop(self, tokens_to_remove)
+        with self.transaction:
+            self._fetch()
+            self.rollback.crop(self, tokens_to_remove)
 
 
 class MCStaticCacheLayer(MCCacheLayer):

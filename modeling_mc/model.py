@@ -37,6 +37,7 @@ from .memories import MEMORIES
 from .mixer import MCMixer
 from .registration import register_decoder, register_layer_type, register_lora_targets
 from .segments import SegmentTable
+from .transaction import one_forward, transaction_of
 
 
 logger = logging.get_logger(__name__)
@@ -254,6 +255,7 @@ class MCModel(MCPreTrainedModel):
     @cache_by_any_name
     @merge_with_config_defaults
     @capture_outputs
+    @one_forward
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -325,6 +327,8 @@ class MCModel(MCPreTrainedModel):
             rope = self.rotary_emb and self.rotary_emb(inputs_embeds, position_ids)
 
         hidden_states = inputs_embeds
+        if not torch.compiler.is_compiling() and (transaction := transaction_of(cache)) is not None:
+            transaction.write()
         for kind, layer in zip(self.config.layer_types, self._running, strict=False):
             hidden_states = layer(
                 hidden_states,
@@ -352,9 +356,10 @@ class MCModel(MCPreTrainedModel):
         return inputs_embeds
 
     def _check_cache(self, past: Cache) -> None:
-        for layer in self._running:
-            if hasattr(layer, "mixer"):
-                memory_layer(past, layer.mixer.layer_idx)
+        mixers = [layer.mixer for layer in self._running if hasattr(layer, "mixer")]
+        seen = [memory_layer(past, mixer.layer_idx).num_tokens for mixer in mixers]
+        if len({count for count in seen if isinstance(count, int)}) > 1:  # those of a static cache are on the device
+            raise ValueError(f"`cache` is broken: its layers have read {seen} tokens, allowed: all the same number")
 
     def _seen(self, past: Cache | None) -> int | torch.Tensor:
         """Tokens in the cache, by the first layer that this stage of a pipeline has."""
@@ -430,6 +435,7 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
 
     @cache_by_any_name
     @can_return_tuple
+    @one_forward
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -54,6 +54,7 @@ class Rollback:
         if not remove:
             layer.storage.snapshot = None
             return
+        layer.transaction.write()
         layer.storage.go_back()
         layer.is_initialized = self.was_initialized
         recording, self.recording = self.recording, False
