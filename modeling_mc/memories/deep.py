@@ -73,8 +73,8 @@ class Layout:
         return x.view(self.rows, self.num, x.shape[2], *x.shape[3:])[:, :, : self.width]
 
     def running(self, table: SegmentTable) -> torch.Tensor:
-        """Which row of each group of rows of a call leaves its C and S. A group is a single row where a later call
-        needs every S, else all segments of a sequence: C and S mean something in the unfinished one alone."""
+        """Index of the unfinished segment of every sequence, the only one whose C and S are needed; 0 for every row
+        where a later call needs all of them."""
         if self.steps > 1 or self.pieces > 1 or self.num == 1:
             return torch.zeros(self.batch, dtype=torch.int64, device=table.valid.device)
         return table.running_index().clamp(max=self.num - 1)
