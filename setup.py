@@ -19,7 +19,7 @@ TEST = [
     "pytest-timeout",
     "hypothesis",
     "ruff",
-    "import-linter>=2.17",
+    "import-linter>=2.15",
     "setuptools>=77",
     *TRAIN,
     *GGUF,
