@@ -33,7 +33,7 @@ from .cache import MCCache, ModelRef
 from .cache_layer import MCStaticCacheLayer, memory_caching_mask, memory_layer
 from .compat import CACHE_NAME, cache_by_any_name, rename_cache
 from .context_parallel import active_shards, check_shards
-from .memories import MEMORIES
+from .memories import Bias
 from .mixer import MCMixer
 from .registration import register_decoder, register_layer_type, register_lora_targets
 from .segments import SegmentTable
@@ -106,7 +106,7 @@ class MCDecoderLayer(GradientCheckpointingLayer):
 class MCPreTrainedModel(PreTrainedModel):
     """What the models of the family share: initial weights, and what Transformers asks of them.
 
-    Gate biases, decay rates and M_0 stay in fp32 when a model is loaded in half precision.
+    Gate biases, decay rates and M_0 (`Bias`) stay in fp32 when a model is loaded in half precision or cast to it.
     """
 
     config: MCConfig
@@ -130,13 +130,6 @@ class MCPreTrainedModel(PreTrainedModel):
         if type(self)._auto_class is not None:  # a repository's code, to be saved beside the decoder too
             MCModel.register_for_auto_class()
         register_lora_targets(MC_LORA_TARGETS)
-        if LAYER_TYPE in config.layer_types:  # Transformers wants names that exist in the model
-            memory = MEMORIES[config.memory]
-            self._keep_in_fp32_modules_strict = [f"{name}_bias" for name in memory.gate_names_for(config)]
-            self._keep_in_fp32_modules_strict += memory.fp32_parameters_for(config)
-            self._keep_in_fp32_modules_strict += ["skip"] if config.value_skip else []
-            self._keep_in_fp32_modules_strict += ["online_bias"] if config.online_gate_bias is not None else []
-            self._keep_in_fp32_modules_strict += ["cached_scale"] if config.cached_answers == "added" else []
 
     def read_as(self, aggregation: str, num_selected_segments: int | None = None) -> "MCPreTrainedModel":
         """Read with the same weights by another rule, from now on: train dense, read sparse.
@@ -236,6 +229,9 @@ class MCModel(MCPreTrainedModel):
         if self.has_attention:
             self.rotary_emb = make_rotary(config)
         self.gradient_checkpointing = False
+        # loading in half precision keeps them, as casting does
+        constants = [name for name, module in self.named_modules() if isinstance(module, Bias)]
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in constants}
         self.post_init()
 
     @property

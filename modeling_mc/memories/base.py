@@ -55,7 +55,8 @@ def mix_answers(
 
 
 class Bias(nn.Module):
-    """A learned constant that stays in fp32 in a half-precision model: a gate's bias, a decay rate, M_0.
+    """A learned constant that stays in fp32 in a half-precision model, whether it is loaded or cast (`.half()`,
+    `.to(torch.bfloat16)`): a gate's bias, a decay rate, M_0.
 
     A module of its own, so that FSDP2 can shard it apart from parameters of another dtype and gather it when it is
     called; and its parameter is a `bias`, which Transformers' Trainer leaves out of weight decay.
@@ -67,10 +68,20 @@ class Bias(nn.Module):
     def __init__(self, shape: tuple[int, ...], start: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
         self.start = start
-        self.bias = nn.Parameter(torch.empty(shape))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.bias = nn.Parameter(torch.empty(shape, dtype=dtype))
 
     def init_weights(self) -> None:
         self.start(self.bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args, **kwargs) -> "Bias":
+        """What torch calls to move and cast the parameter and its gradient."""
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device, torch.float32) if new.itemsize < 4 else new
+
+        return super()._apply(apply, *args, **kwargs)
 
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
         return self.bias.to(dtype, copy=True)  # the parameter itself may be freed after the call
@@ -88,8 +99,8 @@ class Memory(nn.Module):
         selected_read   the read of `ssc`
         constant_read   the read of `residual` and `mean`
 
-    It **may** have: `gate_shape` (gates per channel); `gate_names_for`, `fp32_parameters_for` (what depends on the
-    config); `check` (what the config may not say); `init_weights`; `align`; `read_cached`, with `own_gates`;
+    It **may** have: `gate_shape` (gates per channel); `gate_names_for` (gates that depend on the config);
+    `check` (what the config may not say); `init_weights`; `align`; `read_cached`, with `own_gates`;
     `token_read` and `token_soup` (a faster read of one token); for `soup`, `between` and `finish` (`num_maps` > 1) or
     `soup_read` (0).
 
@@ -104,14 +115,12 @@ class Memory(nn.Module):
         own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
             the chosen ones, and reads them with the online answer in the place of the query.
         reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
-        fp32_parameters: names of the memory's own `Bias` modules.
         has_triton: whether every op of the memory has a Triton kernel.
         own_fields: fields of the config that only this memory, and others that name them too, may change.
     """
 
     gate_names: tuple[str, ...] = ()
     gate_bias: dict[str, float] = {}
-    fp32_parameters: tuple[str, ...] = ()
     num_read = 1
     num_maps = 1
     own_gates = False
@@ -143,11 +152,6 @@ class Memory(nn.Module):
     def gate_names_for(cls, config) -> tuple[str, ...]:
         """`gate_names` of a memory whose gates depend on the config."""
         return cls.gate_names
-
-    @classmethod
-    def fp32_parameters_for(cls, config) -> tuple[str, ...]:
-        """`fp32_parameters` of a memory whose parameters depend on the config."""
-        return cls.fp32_parameters
 
     @classmethod
     def check_square(cls, config) -> None:

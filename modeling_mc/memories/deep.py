@@ -142,7 +142,6 @@ class DeepMemory(Memory):
 
     num_read = num_maps = 2
     has_triton = True
-    fp32_parameters = ("initial_state_0", "initial_state_1")
     loss: str
     momentum: bool
 

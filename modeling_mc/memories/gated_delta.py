@@ -26,7 +26,6 @@ class GatedDeltaMemory(MatrixMemory):
     """
 
     gate_names = ("a", "b")
-    fp32_parameters = ("A_log",)
     gate_bias = {"a": -4.6}  # softplus = 0.01: decays from 0.99 (A = 1) to 0.85 (A = 16) at the start
     has_triton = False  # `delta_write` has none
     own_fields = ("allow_negative_eigenvalues",)

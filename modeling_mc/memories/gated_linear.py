@@ -25,10 +25,6 @@ class GatedLinearMemory(MatrixMemory):
             self.gate_bias = {"a": -4.6}  # step size 0.01
             self.A_log = Bias((self.num_heads,), spread_rates)
 
-    @classmethod
-    def fp32_parameters_for(cls, config) -> tuple[str, ...]:
-        return ("A_log",) if config.gate_form == "step" else ()
-
     def gates(self, raw: dict[str, torch.Tensor], k: torch.Tensor, x: torch.Tensor) -> dict[str, torch.Tensor]:
         if not hasattr(self, "A_log"):
             return {"log_decay": F.logsigmoid(raw["a"])}

@@ -28,7 +28,6 @@ FLOOR = -0.6065306597126334  # -exp(-1/2): of log w
 
 class RWKV7Memory(MatrixMemory):
     gate_names = ("b",)
-    fp32_parameters = ("w_0", "xi", "alpha")
     has_triton = False  # `diagonal_write` has none
 
     def __init__(self, config) -> None:

@@ -1,5 +1,6 @@
 """The family as Transformers sees it: Auto classes, heads, saving and loading, presets."""
 
+import copy
 import json
 
 import pytest
@@ -88,7 +89,8 @@ def test_tied_weights_train_as_one():
 
 @pytest.mark.parametrize("memory", MEMORY_NAMES)
 def test_loading_in_bf16_keeps_what_must_stay_fp32(memory, tmp_path):
-    """Biases of gates and initial memories in fp32, everything else in bf16; near the fp32 model."""
+    """Biases of gates and initial memories in fp32, everything else in bf16; near the fp32 model. Casting and making
+    a model in bf16 do the same."""
     model = build(small_config(memory, **CONFIG))
     model.save_pretrained(tmp_path)
     loaded = MCForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -103,6 +105,20 @@ def test_loading_in_bf16_keeps_what_must_stay_fp32(memory, tmp_path):
     with torch.no_grad():
         difference = (loaded(ids).logits.float() - model(ids).logits).abs()
     assert difference.mean() < 0.05
+    made = MCForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    cast = copy.deepcopy(model).to(torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+    for other in (made, cast, copy.deepcopy(cast), copy.deepcopy(model).bfloat16(), cast.to("cpu")):
+        assert {name: p.dtype for name, p in other.named_parameters()} == dtypes
+    assert {name for name, p in copy.deepcopy(model).half().named_parameters() if p.dtype == torch.float32} == {*kept}
+    assert all(torch.equal(cast.get_parameter(name), p) for name, p in loaded.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(cast(ids).logits, loaded(ids).logits)
+    for dtype in (torch.float64, torch.float32):
+        assert {p.dtype for p in cast.to(dtype).parameters()} == {dtype}
+    empty = cast.to("meta", torch.bfloat16)
+    assert {name: p.dtype for name, p in empty.named_parameters()} == dtypes
+    assert all(p.is_meta for p in empty.parameters())
     loaded.train()
     loaded(ids, labels=ids).loss.backward()
     assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in loaded.parameters())
