@@ -1,5 +1,5 @@
-# make demo | make test | make docs | make test-oldest | make lint | make clean. The first call builds .venv; later calls
-# reuse it.
+# make demo | make test | make trust | make docs | make test-oldest | make lint | make clean. The first call builds
+# .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,13 +13,19 @@ TRAIN_STAMP := $(VENV)/.stamp-train
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: demo test test-oldest docs lint clean
+.PHONY: demo test trust test-oldest docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 tests
+
+# ten thousand damaged files, configs and interruptions; SEED=N repeats a run
+SEED ?= $(shell date +%s)
+trust: $(TEST_STAMP)
+	@echo "SEED=$(SEED)"
+	MC_TRUST_EXAMPLES=3500 $(BIN)/python -m pytest -n 2 tests/trust --timeout=0 --hypothesis-seed=$(SEED)
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests

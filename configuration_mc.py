@@ -60,7 +60,32 @@ POSITIVE = (
     "sliding_window",
     "max_cached_segments",
 )
+# Far above any model, and low enough that what a damaged file asks for is refused before anything is built of it.
+LARGEST = {
+    "num_hidden_layers": 2**10,
+    "summaries_per_segment": 2**12,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "num_memory_heads": 2**14,
+    "num_key_heads": 2**14,
+    "head_dim": 2**14,
+    "key_head_dim": 2**14,
+    "value_head_dim": 2**14,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**22,
+    "vocab_size": 2**26,
+    "conv_kernel_size": 2**10,
+    "memory_expansion": 2**10,
+    "memory_chunk_size": 2**20,
+}
+LONGEST_VALUE = 200  # characters of a value in a message
 PRESETS = Path(__file__).parent / "model_cards" / "presets"
+
+
+def _short(value: object) -> str:
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ... ({len(text)} characters)"
 
 
 def _value_errors(cls):
@@ -73,7 +98,7 @@ def _value_errors(cls):
         except StrictDataclassFieldValidationError as error:
             expected = cls.__annotations__.get(name, "another type")
             expected = getattr(expected, "__name__", str(expected))
-            raise ValueError(f"MCConfig: `{name}`={value!r} has the wrong type, allowed: {expected}") from error
+            raise ValueError(f"MCConfig: `{name}`={_short(value)} has the wrong type, allowed: {expected}") from error
 
     cls.__setattr__ = __setattr__
     return cls
@@ -319,7 +344,7 @@ class MCConfig(PreTrainedConfig):
         Raises:
             ValueError: always; it names the field, its value and what is allowed.
         """
-        raise ValueError(f"MCConfig: `{field}`={getattr(self, field)!r} is not valid, allowed: {allowed}")
+        raise ValueError(f"MCConfig: `{field}`={_short(getattr(self, field))} is not valid, allowed: {allowed}")
 
     def _hint_at_misspellings(self, unknown: dict) -> None:
         """Transformers keeps names that are not fields as attributes, so they can't be errors."""
@@ -336,11 +361,14 @@ class MCConfig(PreTrainedConfig):
         for field in POSITIVE:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 self.refuse(field, "an integer >= 1")
+        for field, largest in LARGEST.items():
+            if getattr(self, field) is not None and getattr(self, field) > largest:
+                self.refuse(field, f"an integer <= {largest}")
         for field, meaning in (("conv_kernel_size", "convolution"), ("intermediate_size", "MLP")):
             if getattr(self, field) < 0:
                 self.refuse(field, f"an integer >= 0 (0 = no {meaning})")
         for field in ("rms_norm_eps", "qk_norm_eps", "output_norm_eps"):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
+            if getattr(self, field) is not None and not 0 < getattr(self, field) < float("inf"):
                 self.refuse(field, "a number > 0")
         if not 0 <= self.initializer_range < float("inf"):
             self.refuse("initializer_range", "a number >= 0")

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from huggingface_hub import get_token
-
 from ..configuration_mc import CHOICES
 from ..hub import facts as info
+from ..hub.inputs import short
 from ..hub.loading import DTYPES, default_device, load_config, load_model, load_tokenizer
+from ..hub.publish import hide_tokens
 from ..modeling_mc.memories import MEMORIES
 
 
@@ -399,9 +399,14 @@ def _convert_parser(commands) -> None:
     parser.set_defaults(run=run_convert)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        super().error(short(hide_tokens(message), 2000))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
         **_examples("env", "info mc-170m", 'generate outputs/demo/model --prompt "The with statement"'),
@@ -424,13 +429,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong, on one line, without any token."""
-    text = " ".join(str(error).split()) or "no further message"
-    if not isinstance(error, (ValueError, OSError, RuntimeError)):
-        text = f"{type(error).__name__}: {text}"
-    token = get_token()
-    return text.replace(token, "***") if token else text
+def one_line(error: BaseException, argument: str) -> str:
+    """What went wrong, on one line, without any token; of an error that was not foreseen, with what was read."""
+    text = short(" ".join(str(error).split()), 2000) or "no further message"
+    if isinstance(error, MemoryError):
+        text = f"{argument} needs more memory than there is"
+    elif not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) or isinstance(error, RecursionError):
+        text = f"{argument} is damaged, or holds values of a wrong kind ({text}); MC_TRACEBACK=1 shows where"
+    return hide_tokens(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -444,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MC_TRACEBACK"):
             raise
-        print(f"{PROGRAM} {args.command}: error: {one_line(error)}", file=sys.stderr)
+        print(
+            f"{PROGRAM} {args.command}: error: {one_line(error, getattr(args, 'checkpoint', args.command))}",
+            file=sys.stderr,
+        )
         return 1
     return 0

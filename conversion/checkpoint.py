@@ -1,7 +1,6 @@
 # Copyright 2026 the mc-transformers authors.
 """What is converted, whatever it lies in: a config, weights, and the files beside them; a folder of Transformers."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -9,20 +8,8 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..hub.inputs import check_extras, read_json
 from .reader import open_weights
-
-
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 class Checkpoint(Protocol):
@@ -63,7 +50,9 @@ class Folder:
         copy_extras(self.path, folder)
 
     def load(self, config: PreTrainedConfig | None, names: dict[str, str] | None) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.path, config=config, key_mapping=names, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            self.path, config=config, key_mapping=names, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -87,19 +76,16 @@ def read_config(path: Path) -> dict:
     def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
         return float(value["__float__"]) if set(value) == {"__float__"} else value
 
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=decode)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a dictionary, as a config does")
-    return found
+    return read_json(path, decode)
 
 
 def copy_extras(checkpoint: Path, folder: Path) -> None:
-    """Tokenizer and generation config, where there are any."""
-    for extra in [*(checkpoint / name for name in COPIED), *checkpoint.glob("additional_chat_templates/*.jinja")]:
-        if extra.is_file():
-            target = folder / extra.relative_to(checkpoint)
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(extra.read_bytes())
+    """Tokenizer, chat templates and generation config, where there are any.
+
+    Raises:
+        ValueError: see `check_extras`.
+    """
+    for extra in check_extras(checkpoint):
+        target = folder / extra.relative_to(checkpoint)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(extra.read_bytes())

@@ -2,6 +2,7 @@
 """Conversion into the family: a config, a table of names, and nothing that is left over on either side."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from tqdm import tqdm
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .. import MCConfig, MCForCausalLM, MCModel
-from ..configuration_mc import LAYER_TYPE
+from ..configuration_mc import LARGEST, LAYER_TYPE
 from ..hub.bundle import write_code
 from ..hub.files import new_folder
 from ..hub.flat import AUTO_MAP
+from ..hub.inputs import check_weight, short
 from .checkpoint import Checkpoint, open_checkpoint
 from .source import Source, refuse
 from .sources import SOURCES
@@ -82,24 +84,29 @@ def convert(
             wrong shape, `fields` for a result without memory layers, an output that is the checkpoint.
     """
     checkpoint = open_checkpoint(checkpoint)
-    found = checkpoint.config
-    for each in SOURCES.values():
-        found = each.translate(found)
-    kind = find_source(found, source)
+    with wrong_values(checkpoint.path):
+        found = checkpoint.config
+        for each in SOURCES.values():
+            found = each.translate(found)
+        kind = find_source(found, source)
+        _check_sizes(checkpoint.path, found)
     if (quantised := found.pop("quantization_config", None)) and not _is_undone(quantised):
-        refuse("quantised weights (quantization_config)", quantised.get("quant_method"), "fp32, fp16 or bf16")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else short(repr(quantised))
+        refuse("quantised weights (quantization_config)", method, "fp32, fp16 or bf16")
     if verify and dtype not in ("auto", "float32", "float64"):
         raise ValueError(f"--verify-logits: weights rounded by --dtype {dtype} have other logits, leave one out")
     if layers:
         kind = _with_memory_layers(kind, layers, verify)
     theirs = None
     if found["model_type"] in CONFIG_MAPPING:  # with the defaults of Transformers
-        theirs = CONFIG_MAPPING[found["model_type"]].from_dict(found)
-        found = theirs.to_dict()
+        with wrong_values(checkpoint.path):
+            theirs = CONFIG_MAPPING[found["model_type"]].from_dict(found)
+            found = theirs.to_dict()
     elif verify:
         missing = f"Transformers has no model_type={found['model_type']!r} to compare with"
         raise ValueError(f"--verify-logits: {missing} (a package that registers it can be imported first)")
-    config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
+    with wrong_values(checkpoint.path):
+        config = MCConfig(**{"aggregation": "none", **kind.make_config(found), **fields})
     if fields and LAYER_TYPE not in config.layer_types:
         raise ValueError(f"{', '.join(fields)}: the result has no memory layer, choose some with --layers")
 
@@ -118,9 +125,39 @@ def convert(
     return Path(output)
 
 
+def _check_sizes(path: Path, found: dict) -> None:
+    """Before Transformers builds anything of them, a list of all layers for example.
+
+    Raises:
+        ValueError: more than a model can have.
+    """
+    for field, largest in LARGEST.items():
+        if isinstance(found.get(field), int | float) and not found[field] <= largest:
+            raise ValueError(f"{path}: `{field}`={short(repr(found[field]))} is not valid, allowed: <= {largest}")
+
+
+@contextmanager
+def wrong_values(path: Path) -> Iterator[None]:
+    """Of a config that somebody else has written: any value may be missing or of any type.
+
+    Raises:
+        ValueError: where code that reads it stumbled over one.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: config.json lacks a value, or has one of a wrong kind ({short(str(error))})"
+        ) from error
+
+
 def _is_undone(quantised: dict) -> bool:
     """Whether a quantization_config is what loading leaves in the config of a model that it has unpacked. GGUF is
     never saved in a folder. Weights that are quantised all the same are refused one by one."""
+    if not isinstance(quantised, dict):
+        return False
     return quantised.get("quant_method") == "gguf" or quantised.get("dequantize") is True
 
 
@@ -192,8 +229,7 @@ def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]
 
 
 def _check(name: str, target: str, part: torch.Tensor, wanted: dict, written: dict) -> None:
-    if not part.is_floating_point() or part.itemsize < 2:
-        raise ValueError(f"the weight {name!r} is quantised ({part.dtype}): save the source in fp32 or bf16 first")
+    check_weight(name, part)
     if target not in wanted:
         raise ValueError(f"the weight {name!r} is left over: a model of this config has no {target!r}")
     if target in written:

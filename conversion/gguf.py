@@ -81,7 +81,7 @@ class GGUFFile:
         self._reader = _open(self.path)
         self._check_metadata()
         self._place = {"pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name}
-        self._config = AutoConfig.from_pretrained(**self._place)
+        self._config = AutoConfig.from_pretrained(**self._place, trust_remote_code=False)
         self.config = self._config.to_dict()
 
     def _value(self, name: str) -> object:
@@ -112,7 +112,12 @@ class GGUFFile:
         Raises:
             ValueError: weights that are missing, left over or of a wrong shape.
         """
-        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        options = {
+            "dtype": torch.float32,
+            "trust_remote_code": False,
+            "ignore_mismatched_sizes": True,
+            "output_loading_info": True,
+        }
         if hasattr(transformers, "GgufConfig"):  # since 5.24 weights may stay packed otherwise
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with _quiet():
@@ -147,7 +152,7 @@ class GGUFFile:
         self.model.generation_config.save_pretrained(folder)
         if TOKENS not in self._reader.fields:
             return
-        tokenizer = AutoTokenizer.from_pretrained(**self._place)
+        tokenizer = AutoTokenizer.from_pretrained(**self._place, trust_remote_code=False)
         for name, key in SPECIAL.items():  # before Transformers 5.24 the last token was the first one's twin
             if (number := self._value(f"tokenizer.ggml.{key}_token_id")) is not None:
                 setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number)))

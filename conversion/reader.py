@@ -1,7 +1,6 @@
 # Copyright 2026 the mc-transformers authors.
 """Weights of a checkpoint, one tensor at a time, whatever file they lie in; nothing in a file is ever executed."""
 
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..hub.inputs import check_inside, read_index
 from .sharded import INDEX, read_sharded
 
 
@@ -52,13 +52,6 @@ def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from found.items()
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of shards, or damaged ({error})") from error
-
-
 NESTED = ("state_dict", "model")
 LAYOUTS = (("model", "safetensors", _safetensors), ("pytorch_model", "bin", _pickled))
 
@@ -77,10 +70,8 @@ def open_weights(path: str | Path) -> Weights:
         index, single = path / f"{stem}.{suffix}.index.json", path / f"{stem}.{suffix}"
         names = [single.name] if single.exists() else []
         if index.exists():
-            names = _shards(index)
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path}: the index names {missing[0]}, which is not there")
+            names = read_index(index)
+        check_inside(path, names, index.name if index.exists() else "")
         if names:
             return Weights([(path / name, partial(load, path / name)) for name in names])
     for folder in (path, *sorted(path.glob("pytorch_model_fsdp_*")), path / "model"):

@@ -3,12 +3,15 @@
 
 import pickle
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path, PurePath
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as parts
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+
+from ..hub.inputs import check_inside
 
 
 INDEX = ".metadata"
@@ -27,15 +30,29 @@ ALLOWED = {
         _StorageInfo,
     )
 }
-ALLOWED |= {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
+OTHERS = {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 
 
-class _Index(pickle.Unpickler):
-    """Knows the classes of an index and nothing that could run code."""
+# whose objects have a state to be set; that of anything else (a class, a function, a dtype) would outlive the file
+STATEFUL = tuple(kind for kind in ALLOWED.values() if isinstance(kind, type) and not issubclass(kind, Enum))
+
+
+class _Index(pickle._Unpickler):
+    """Knows the classes of an index and nothing that could run code. The unpickler in Python, whose steps can be
+    overridden: the one in C sets attributes of classes too."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        if not isinstance(self.stack[-2], STATEFUL):
+            raise pickle.UnpicklingError(f"the state of {self.stack[-2]!r} does not belong into an index")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
+        if found := ALLOWED.get((module, name)) or OTHERS.get((module, name)):
+            return found
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.split(".")[0] == "pathlib":
@@ -52,15 +69,11 @@ class _Reader(FileSystemReader):
             with open(folder / INDEX, "rb") as file:
                 self.index = _Index(file).load()
             places = self.index.storage_data.values()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, LookupError) as error:
             raise ValueError(
                 f"{folder / INDEX} is not an index of a sharded checkpoint, or damaged ({error})"
             ) from error
-        for file in {place.relative_path for place in places}:
-            if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-                raise ValueError(f"{folder / INDEX} names a file outside of its folder: {file!r}")
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder}: the index names {file}, which is not there")
+        check_inside(folder, {str(place.relative_path) for place in places}, INDEX)
         if self.index.storage_meta is None:
             self.index.storage_meta = parts.StorageMeta()
 

@@ -1,11 +1,14 @@
 # Copyright 2026 the mc-transformers authors.
 """From a checkpoint to a Hub repository that loads anywhere: bundle, check, upload."""
 
+import json
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
 
 from .bundle import bundle
 from .card import Metadata, Result
@@ -14,6 +17,36 @@ from .figure import FIGURE
 
 CARD = "README.md"
 REPLACED = ["*.py", "*.safetensors", "*.safetensors.index.json"]  # of an earlier version: deleted where not replaced
+
+TOKEN = re.compile(r"(hf_(oauth_)?|api_org_)[A-Za-z0-9]{20,}")  # what tokens of the Hub look like
+
+
+def hide_tokens(text: str) -> str:
+    """`text` without the user's token, and without whatever else looks like one."""
+    token = get_token()
+    return TOKEN.sub("***", text.replace(token, "***") if token else text)
+
+
+def check_upload(
+    repo_id: str,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+) -> None:
+    """What can be known before the work.
+
+    Raises:
+        ValueError: no name of a repository, a token in its place, a token that cannot be one, or arguments that
+            exclude each other.
+    """
+    if hide_tokens(repo_id) != repo_id:
+        raise ValueError("the repository's name holds an access token (not shown): give NAME or OWNER/NAME")
+    validate_repo_id(repo_id)
+    if not (token if isinstance(token, str) else get_token() or "").isascii():
+        raise ValueError("the access token (HF_TOKEN, or what `hf auth login` saved) has characters that no token has")
+    if create_pr and (tag or revision):
+        raise ValueError("a pull request (create_pr) goes to the default branch and has no tag: leave out the others")
 
 
 def upload(
@@ -38,31 +71,34 @@ def upload(
         revision: a branch, or `refs/pr/N` to add to a pull request. tag: a name for the new commit.
 
     Raises:
-        ValueError: arguments that exclude each other, or `private` for a repository that is public.
+        ValueError: see `check_upload`, or `private` for a repository that is public. RuntimeError: an answer that the
+            Hub never gives.
         huggingface_hub.errors.HfHubHTTPError: what the Hub refuses.
     """
-    if create_pr and (tag or revision):
-        raise ValueError("a pull request (create_pr) goes to the default branch and has no tag: leave out the others")
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and not api.repo_info(repo_id).private:
-        raise ValueError(f"the repository {repo_id} exists and is public: nothing was uploaded")
-    if revision and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    keep_card = not replace_card and api.file_exists(repo_id, CARD, revision=revision)
-    info = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        create_pr=create_pr,
-        delete_patterns=REPLACED,
-        ignore_patterns=[CARD, FIGURE] if keep_card else None,
-        commit_message=commit_message,
-        commit_description=commit_description,
-    )
-    if tag:
-        api.create_tag(repo_id, tag=tag, revision=info.oid)
-    return info
+    check_upload(repo_id, token, revision, create_pr, tag)
+    try:
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"the repository {repo_id} exists and is public: nothing was uploaded")
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        keep_card = not replace_card and api.file_exists(repo_id, CARD, revision=revision)
+        info = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns=REPLACED,
+            ignore_patterns=[CARD, FIGURE] if keep_card else None,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
+        if tag:
+            api.create_tag(repo_id, tag=tag, revision=info.oid)
+        return info
+    except json.JSONDecodeError as error:
+        raise RuntimeError(f"the answer to the upload of {repo_id} is none of the Hub's ({error})") from error
 
 
 def publish(
@@ -82,7 +118,11 @@ def publish(
 
     Returns:
         the files and their sizes, and the commit (None with `dry_run`).
+
+    Raises:
+        ValueError: see `check_upload`, before the work. Else as `bundle` and `upload`.
     """
+    check_upload(repo_id, *(options.get(name) for name in ("token", "revision", "create_pr", "tag")))
     with tempfile.TemporaryDirectory() as temporary:
         folder = bundle(
             checkpoint,

@@ -115,7 +115,7 @@ def test_tokenizer_and_code_come_along(tmp_path, make):
     templates.mkdir()
     (templates / "tool_use.jinja").write_text("tools")
     for name in ("chat_template.jinja", "tokenizer.json"):
-        (tmp_path / "source" / name).write_text(name)
+        (tmp_path / "source" / name).write_text(json.dumps({"name": name}))
     convert(tmp_path / "source", tmp_path / "ours")
     for path in ("chat_template.jinja", "tokenizer.json", "additional_chat_templates/tool_use.jinja"):
         assert (tmp_path / "ours" / path).read_text() == (tmp_path / "source" / path).read_text()

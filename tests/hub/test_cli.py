@@ -296,9 +296,10 @@ def test_no_such_checkpoint_and_short_text(capsys, checkpoint, tmp_path):
 
 
 def test_a_token_is_never_printed(monkeypatch):
-    monkeypatch.setattr(cli, "get_token", lambda: "hf_secret")
-    assert cli.one_line(OSError("401 for\n hf_secret")) == "401 for ***"
-    assert cli.one_line(KeyError("x")) == "KeyError: 'x'"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert cli.one_line(OSError("401 for\n hf_secret"), "model") == "401 for ***"
+    assert cli.one_line(OSError(f"401 for hf_{'aB3' * 11}"), "model") == "401 for ***"
+    assert cli.one_line(KeyError("x"), "model").startswith("model is damaged, or holds values of a wrong kind ('x')")
 
 
 def test_help_and_usage(capsys):
