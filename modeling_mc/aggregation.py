@@ -142,16 +142,21 @@ class Aggregation:
         online_logit: torch.Tensor | None,
         summaries: torch.Tensor | None,
         visible: torch.Tensor,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What T tokens per row multiply answers with: of S past memories (0 = not read) and of the online one.
 
         Args:
             u: `[B, T, H, du]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool. The
-                first three are None for read rules without content gates.
+                first three are None for read rules without content gates. scale: `[H]` or None, see
+                `memories.mix_answers`.
 
         Returns:
-            `[B, T, H, S]` and `[B, T, H]`; with constant gates `[B, 1, 1, S]` and `[B, 1, 1]`, the same for all.
+            `[B, T, H, S]` and `[B, T, H]`; with constant gates T and H are 1, the same for all.
         """
+        if scale is not None:  # the online answer counts as it is
+            past, online = self.gates(u, online_logit, summaries, visible)
+            return past * scale[:, None], torch.ones_like(online)
         if not self.uses_gates:
             past = visible[:, None, None].float()
             total = past.sum(-1) + 1 if self.kind == "mean" else torch.ones_like(past[..., 0])

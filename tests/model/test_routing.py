@@ -63,3 +63,42 @@ def test_gates_without_segment_context_see_where_a_segment_is_and_not_what_it_ho
     assert torch.equal(kept["position", 0], kept["position", 1])
     assert not torch.equal(kept["keys", 0], kept["keys", 1])
     assert relative_error(kept["position", 0][:, :1], kept["position", 0][:, 1:2]) > 0.01
+
+
+class Stored:
+    """Kept states `[B, S, H, dk, dv]` of a matrix memory."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.states = states
+
+    def all(self) -> tuple[torch.Tensor]:
+        return (self.states,)
+
+    def stored(self, number: int) -> tuple[torch.Tensor, None]:
+        return self.states, None
+
+
+WEIGHED = combinations(
+    aggregation=[x for x in CHOICES["aggregation"] if x != "none"], cached_answers=["mixed", "added"]
+)
+
+
+@pytest.mark.parametrize("fields", WEIGHED, ids=name_of)
+def test_gates_are_what_answers_are_multiplied_with(fields):
+    """`Aggregation.gates` against the answer of one token."""
+    config, added = small_config("linear", **fields), fields["cached_answers"] == "added"
+    aggregate = build(config, dtype=torch.float64).model.layers[0].mixer.aggregation
+    kept, online = torch.randn(2, 5, 2, 8, 6).double(), torch.randn(2, 2, 8, 6).double()
+    q, u, logit = (torch.randn(2, 2, *width).double() for width in ((8,), (8,), ()))
+    summaries, scale = torch.randn(2, 5, 2, 1, 8).double(), torch.tensor([0.5, 2.0]).double() if added else None
+    visible = torch.tensor([[True, True, False, True, True], [False] * 4 + [True]])
+    answer = aggregate.mix_token(q, u, (online,), logit, Stored(kept), summaries, visible, {}, 0, scale)
+    given = (u[:, None], logit[:, None], summaries) if aggregate.uses_gates else (None, None, None)
+    past, own = (x[:, 0].double() for x in aggregate.gates(*given, visible, scale))
+    read = torch.einsum("bhk,bshkv->bshv", q, kept)
+    expected = (past.expand(-1, 2, -1).transpose(1, 2)[..., None] * read).sum(1)
+    expected = expected + own.expand(-1, 2)[..., None] * torch.einsum("bhk,bhkv->bhv", q, online)
+    assert_close(answer, expected, 1e-7)  # constant gates are fp32
+    assert (past.expand(2, 2, 5).transpose(1, 2)[~visible] == 0).all()
+    if config.aggregation == "ssc":
+        assert ((past > 0).sum(-1) == torch.tensor([[2], [1]])).all()
