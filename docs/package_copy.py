@@ -12,17 +12,15 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "build" / "docs" / "mc_transformers"
-PARTS = ("__init__.py", "configuration_mc.py", "modeling_mc", "kernels", "conversion", "hub", "cli", "training")
+FOLDERS = ("modeling_mc", "kernels", "conversion", "hub", "cli", "training")
 
 
 @event_priority(100)  # before mkdocstrings looks for the folder
 def on_config(config):
     shutil.rmtree(TARGET, ignore_errors=True)
     TARGET.mkdir(parents=True)
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, TARGET / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, TARGET / part)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, TARGET / file.name)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, TARGET / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return config
