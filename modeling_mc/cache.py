@@ -2,6 +2,7 @@
 """MCCache: the memory of a text, as users handle it."""
 
 import os
+import warnings
 import weakref
 
 import torch
@@ -13,7 +14,9 @@ from ..configuration_mc import LAYER_TYPE
 from .borders import Borders
 from .cache_layer import MCCacheLayer, is_memory_layer, own_layer
 from .cache_layer import MCStaticCacheLayer as MCStaticCacheLayer  # pickles of earlier versions look for it here
-from .memory_file import fingerprints, read, write
+from .fingerprint import fingerprint, sampled_fingerprints
+from .memory_check import check_description, check_values, num_tokens_of
+from .memory_file import reading, write
 from .storage import Kept
 from .summary import Summary
 from .transaction import transaction_of
@@ -194,8 +197,10 @@ class MCCache(DynamicCache):
             layers.append(about)
         kept = {layer.kept_dtype for layer in self.memory_layers}
         dtype = str(kept.pop()).removeprefix("torch.") if kept else "None"
-        base = getattr(model, model.base_model_prefix, model)
-        write(directory, tensors, {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprints(base)[0]})
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        meta = {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprint(base)}
+        check_values(tensors, int(self.get_seq_length()), Borders.of(base.config))
+        write(directory, tensors, meta)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, **kwargs) -> "MCCache":
@@ -207,25 +212,27 @@ class MCCache(DynamicCache):
             kwargs: of the new `MCCache`, for example `offload_segments`; `state_dtype` is as it was.
 
         Raises:
-            FileNotFoundError: no memory file there.
-            ValueError: the file is truncated, or was written by a model of another architecture or other weights.
+            FileNotFoundError: no memory file there. PermissionError: it may not be read.
+            ValueError: the file is damaged, was written by a model of another architecture or other weights, or holds
+                what no cache of `model` can hold.
         """
-        tensors, meta = read(directory)
-        base = getattr(model, model.base_model_prefix, model)
-        if meta["fingerprint"] not in fingerprints(base):
-            raise ValueError(
-                f"the memory in {str(directory)!r} was written by another model (other architecture or weights): "
-                "a memory can be read only by the model that wrote it"
-            )
-        dtype = None if meta["state_dtype"] == "None" else getattr(torch, meta["state_dtype"])
-        cache = cls(config=model.config, state_dtype=dtype, **kwargs)
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        cache = cls(config=getattr(base, "config", None), state_dtype=None, **kwargs)
+        with reading(directory) as file:
+            meta = file.meta
+            _check_writer(meta, base)
+            for layer in cache.memory_layers:
+                layer.kept_dtype = _state_dtype(meta)
+            check_description(meta, file.found, base, cache.layers)
+            tensors = file.tensors()
+            check_values(tensors, num_tokens_of(meta, file.found, cache.layers), Borders.of(base.config))
         for index, (layer, about) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
             device = next(base.layers[index].parameters()).device
             parts = {n.split(".", 1)[1]: t.to(device) for n, t in tensors.items() if n.split(".", 1)[0] == str(index)}
             if is_memory_layer(layer):
                 kept = layer.kept_device or device
                 layer.tensors = {n: t.to(kept) if n.startswith(("kept.", "scale.")) else t for n, t in parts.items()}
-                layer.signature, layer.num_tokens = about["signature"], about["num_tokens"]
+                layer.signature, layer.num_tokens = base.layers[index].mixer.cache_signature, about["num_tokens"]
                 layer.lazy_initialization(parts["state.0"])
             else:
                 layer.lazy_initialization(parts["keys"], parts["values"])
@@ -278,6 +285,31 @@ class MCCache(DynamicCache):
             _join(layer, parts, Borders.of(config), config.summaries_per_segment)
         joined.filled_by = ModelRef(getattr(model, model.base_model_prefix, model))
         return joined
+
+
+def _check_writer(meta: dict, model: nn.Module) -> None:
+    """Refuse a memory of another model."""
+    if meta["version"] == 1:
+        warnings.warn(
+            "a memory file of format 1 tells models apart by samples of their weights only: save it again",
+            stacklevel=3,
+        )
+        same = meta.get("fingerprint") in sampled_fingerprints(model)
+    else:
+        same = meta.get("fingerprint") == fingerprint(model)
+    if not same:
+        raise ValueError(
+            "this memory was written by another model (other architecture or weights): a memory can be read only by "
+            "the model that wrote it"
+        )
+
+
+def _state_dtype(meta: dict) -> torch.dtype | None:
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
+    name = meta.get("state_dtype")
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"`state_dtype` must be one of {', '.join(names)}")
+    return names[name]
 
 
 def _join(layer: MCCacheLayer, parts: list[MCCacheLayer], borders: Borders, num_blocks: int) -> None:

@@ -101,7 +101,8 @@ def test_checkpoints_and_memories_of_earlier_versions_load(saved):
     assert type(model) is mc.MCForCausalLM and not report["missing_keys"] and not report["unexpected_keys"]
     ids, logits = expected["input_ids"], expected["logits"]
     torch.testing.assert_close(model.eval()(ids).logits, logits, rtol=1e-4, atol=1e-5)
-    cache = mc.MCCache.from_pretrained(saved / "memory", model)
+    with pytest.warns(UserWarning, match="format 1"):
+        cache = mc.MCCache.from_pretrained(saved / "memory", model)
     rest = slice(cache.get_seq_length(), None)
     torch.testing.assert_close(model(ids[:, rest], cache=cache).logits, logits[:, rest], rtol=1e-4, atol=1e-5)
     assert AutoTokenizer.from_pretrained(saved / "checkpoint")("a c")["input_ids"] == [2, 4]
