@@ -40,9 +40,9 @@ class _Reader:
     Shapes: G = rows x heads, T tokens and s memories of a block; q `[G, N * W, d]`, maps `[S, G, ...]`.
     """
 
-    def __init__(self, q, w2, w1, scale, shift) -> None:
+    def __init__(self, q, w2, w1, scale, shift, first=None) -> None:
         self.dtype = compute_dtype(q)
-        self.blocks = Blocks(q, w2.shape[1], w2.shape[-1])
+        self.blocks = Blocks(q, w2.shape[1], w2.shape[-1], first)
         self.q = self.blocks.tokens(q, self.dtype)
         self.w2, self.w1 = (w.to(self.dtype).transpose(0, 1).flatten(1, 2).contiguous() for w in (w2, w1))
         self.has_norm = scale is not None
@@ -55,12 +55,12 @@ class _Reader:
         x = self.q[:, tokens].expand(len(w2), -1, -1, -1)
         return _Inner(x.flatten(0, 1), w2.flatten(0, 1), w1.flatten(0, 1), self.has_norm)
 
-    def block(self, tokens: slice, gates: torch.Tensor) -> torch.Tensor:
-        """The answers `[G, T, d]` of one block of tokens with gates `[G, T, V]`."""
+    def block(self, tokens: slice, seen: slice, gates: torch.Tensor) -> torch.Tensor:
+        """The answers `[G, T, d]` of one block of tokens with gates `[G, T, V]` of the memories `seen`."""
         total = torch.zeros_like(self.q[:, tokens])
-        for read in self.blocks.reads(gates.shape[-1]):
+        for place, read in self.blocks.reads(seen):
             n = self._inner(tokens, read).n.unflatten(0, (-1, len(gates)))
-            total += (n * gates[..., read].permute(2, 0, 1)[..., None]).sum(0)
+            total += (n * gates[..., place].permute(2, 0, 1)[..., None]).sum(0)
         return gates.sum(-1, keepdim=True) * self.centre[:, tokens] + self.scale * total
 
     def begin_backward(self, grad_out: torch.Tensor) -> None:
@@ -68,17 +68,17 @@ class _Reader:
         self.grad_q, self.grad_w2, self.grad_w1 = (x.new_zeros(x.shape) for x in (self.q, self.w2, self.w1))
         self.grad_scale, self.grad_shift = (torch.zeros_like(self.q[:, 0]) for _ in range(2))
 
-    def block_backward(self, tokens: slice, gates: torch.Tensor) -> torch.Tensor:
+    def block_backward(self, tokens: slice, seen: slice, gates: torch.Tensor) -> torch.Tensor:
         """Gradient `[G, T, V]` of the gates; those of q and of the parameters add up inside."""
         grad = self.grad_out[:, tokens]
         scaled, total = grad * self.scale, torch.zeros_like(grad)
         grad_gates = (grad * self.centre[:, tokens]).sum(-1, keepdim=True).repeat(1, 1, gates.shape[-1])
         grad_q = gates.sum(-1, keepdim=True) * grad
-        for read in self.blocks.reads(gates.shape[-1]):
-            inner, weight = self._inner(tokens, read), gates[..., read].permute(2, 0, 1)[..., None]  # [s, G, T, 1]
+        for place, read in self.blocks.reads(seen):
+            inner, weight = self._inner(tokens, read), gates[..., place].permute(2, 0, 1)[..., None]  # [s, G, T, 1]
             n = inner.n.unflatten(0, (-1, len(gates)))
             total += (n * weight).sum(0)
-            grad_gates[..., read] += (n * scaled).sum(-1).permute(1, 2, 0)
+            grad_gates[..., place] += (n * scaled).sum(-1).permute(1, 2, 0)
             maps = self.grad_w2[read].flatten(0, 1), self.grad_w1[read].flatten(0, 1)
             grad_q += inner.backward((weight * scaled).flatten(0, 1), *maps).view_as(n).sum(0)
         self.grad_q[:, tokens] += grad_q
@@ -126,13 +126,13 @@ def deep_read_torch(
     function: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `deep_read`."""
-    reader = _Reader(q, w2, w1, scale, shift)
+    reader = _Reader(q, w2, w1, scale, shift, first)
     blocks = reader.blocks
     weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
     out, online_gate = torch.zeros_like(reader.q), torch.empty_like(weights.online_logit)
-    for segments, tokens, visible in blocks.queries():
-        gates, online_gate[:, tokens] = weights.block(segments, tokens, visible)
-        out[:, tokens] = reader.block(tokens, gates)
+    for segments, tokens, seen in blocks.queries():
+        gates, online_gate[:, tokens] = weights.block(segments, tokens, seen)
+        out[:, tokens] = reader.block(tokens, seen, gates)
     return blocks.untokens(out, q.dtype), blocks.untokens(online_gate, reader.dtype)
 
 
@@ -154,14 +154,14 @@ def deep_read_backward_torch(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
     """Gradients of q ... shift (empty tensors without a norm)."""
-    reader = _Reader(q, w2, w1, scale, shift)
+    reader = _Reader(q, w2, w1, scale, shift, first)
     blocks = reader.blocks
     weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, reader.dtype)
     reader.begin_backward(grad_out)
     weights.begin_backward(blocks.tokens(grad_online, reader.dtype))
-    for segments, tokens, visible in blocks.queries():
-        gates, _ = weights.block(segments, tokens, visible)
-        weights.block_backward(tokens, reader.block_backward(tokens, gates))
+    for segments, tokens, seen in blocks.queries():
+        gates, _ = weights.block(segments, tokens, seen)
+        weights.block_backward(tokens, seen, reader.block_backward(tokens, seen, gates))
     grad_q, grad_w2, grad_w1, grad_scale, grad_shift = reader.gradients(q, w2, w1, scale, shift)
     grad_u, grad_summaries, grad_logit = weights.gradients(u, summaries, online_logit)
     return grad_q, grad_u, grad_w2, grad_w1, grad_summaries, grad_logit, grad_scale, grad_shift
@@ -214,9 +214,9 @@ def deep_read(
 
 
 # ------------------------------------------------------------------------------------------------------- all alike
-def _visible_gates(reader: _Reader, visible: torch.Tensor, segments: slice, num: int) -> torch.Tensor:
-    """`[G, T, num]`, 1 for the memories that a token may read."""
-    gates = visible[:, segments, :num].to(reader.dtype)
+def _visible_gates(reader: _Reader, visible: torch.Tensor, segments: slice, seen: slice) -> torch.Tensor:
+    """`[G, T, V]`, 1 for those of the memories `seen` that a token may read."""
+    gates = visible[:, segments, seen].to(reader.dtype)
     return gates.repeat_interleave(reader.blocks.heads, 0).repeat_interleave(reader.blocks.width, 1)
 
 
@@ -231,8 +231,8 @@ def deep_constant_read_torch(
     """See `deep_constant_read`."""
     reader = _Reader(q, w2, w1, scale, shift)
     out = torch.zeros_like(reader.q)
-    for segments, tokens, num in reader.blocks.queries():
-        out[:, tokens] = reader.block(tokens, _visible_gates(reader, visible, segments, num))
+    for segments, tokens, seen in reader.blocks.queries():
+        out[:, tokens] = reader.block(tokens, seen, _visible_gates(reader, visible, segments, seen))
     return reader.blocks.untokens(out, q.dtype)
 
 
@@ -248,8 +248,8 @@ def deep_constant_read_backward_torch(
     """Gradients of q ... shift (empty tensors without a norm)."""
     reader = _Reader(q, w2, w1, scale, shift)
     reader.begin_backward(grad_out)
-    for segments, tokens, num in reader.blocks.queries():
-        reader.block_backward(tokens, _visible_gates(reader, visible, segments, num))
+    for segments, tokens, seen in reader.blocks.queries():
+        reader.block_backward(tokens, seen, _visible_gates(reader, visible, segments, seen))
     return reader.gradients(q, w2, w1, scale, shift)
 
 

@@ -116,11 +116,18 @@ def gate_logits_backward(
     return grad @ summaries.flatten(-3, -2), (grad.transpose(-1, -2) @ u).view_as(summaries)
 
 
-def hidden_memories(birth: torch.Tensor, first: torch.Tensor, segments: slice, num: int) -> torch.Tensor:
-    """`[R, N, num]` bool: which of the first `num` memories the query segments may not read; see `segment_read`."""
+def first_readable(first: torch.Tensor) -> list[int]:
+    """Per query segment the first memory that any row may read, from `first` `[R, N]` of `segment_read`: a bounded
+    cache and packed documents then cost what they may read, and not all that is there. 0 where knowing it would stall
+    a GPU."""
+    return first.amin(0).tolist() if first.device.type == "cpu" else [0] * first.shape[1]
+
+
+def hidden_memories(birth: torch.Tensor, first: torch.Tensor, segments: slice, memories: slice) -> torch.Tensor:
+    """`[R, N, V]` bool: which of these V memories the query segments may not read; see `segment_read`."""
     rank = torch.arange(segments.start, segments.stop, device=birth.device)
-    slot = torch.arange(num, device=birth.device)
-    return (birth[:, None, :num] > rank[:, None]) | (slot < first[:, segments, None])
+    slot = torch.arange(memories.start, memories.stop, device=birth.device)
+    return (birth[:, None, memories] > rank[:, None]) | (slot < first[:, segments, None])
 
 
 # ---------------------------------------------------------------------------------------------------- top-k choice
@@ -163,7 +170,7 @@ def grid_gates(
     num, width = u.shape[1:3]
     logits, _ = gate_logits(u.to(summaries.dtype).movedim(3, 1).flatten(2, 3), summaries.transpose(1, 2))
     logits = logits.unflatten(2, (num, width)).movedim(1, 3)
-    hidden = hidden_memories(birth, first, slice(0, num), birth.shape[1])[:, :, None, None]
+    hidden = hidden_memories(birth, first, slice(0, num), slice(0, birth.shape[1]))[:, :, None, None]
     return apply_gates(logits.masked_fill(hidden, HIDDEN), online_logit, function)
 
 

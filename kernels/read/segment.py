@@ -9,7 +9,15 @@ answer. Gates are recomputed in the backward: nothing of size tokens x segments 
 import torch
 
 from ..shared.ops import budget, choose_backend, compute_dtype, register_op
-from .gates import HIDDEN, gate_function, gate_logits, gate_logits_backward, hidden_memories, missing_in_triton
+from .gates import (
+    HIDDEN,
+    first_readable,
+    gate_function,
+    gate_logits,
+    gate_logits_backward,
+    hidden_memories,
+    missing_in_triton,
+)
 
 
 BUDGET = 2**19  # elements of the largest temporary, tokens x segments x head width, of one block
@@ -20,11 +28,13 @@ class Blocks:
 
     Args:
         q: `[R, N, W, H, dk]`. num_memories: S. pair_width: elements that one (token, memory) pair needs.
+        first: `[R, N]`, see `segment_read`; None = 0.
     """
 
-    def __init__(self, q: torch.Tensor, num_memories: int, pair_width: int) -> None:
+    def __init__(self, q: torch.Tensor, num_memories: int, pair_width: int, first: torch.Tensor | None = None) -> None:
         self.rows, self.num, self.width, self.heads, _ = q.shape
         self.cached = num_memories - self.num
+        self.first = [0] * self.num if first is None else first_readable(first)
         self.groups = self.rows * self.heads
         per_pair = max(1, self.groups * self.width * pair_width)
         elements = budget(q.device, BUDGET)
@@ -46,17 +56,21 @@ class Blocks:
     def unmemories(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.view(self.rows, self.heads, *x.shape[1:]).movedim(1, 2).to(dtype).contiguous()
 
-    def queries(self) -> list[tuple[slice, slice, int]]:
-        """For every block of query segments: the segments, their tokens, how many memories they can see at most."""
+    def queries(self) -> list[tuple[slice, slice, slice]]:
+        """For every block of query segments: the segments, their tokens, the memories that they can see at most."""
         blocks = []
         for start in range(0, self.num, self.query_step):
             stop = min(start + self.query_step, self.num)
             tokens = slice(start * self.width, stop * self.width)
-            blocks.append((slice(start, stop), tokens, self.cached + stop - 1))
+            end = self.cached + stop - 1
+            blocks.append((slice(start, stop), tokens, slice(min(end, *self.first[start:stop]), end)))
         return blocks
 
-    def reads(self, visible: int) -> list[slice]:
-        return [slice(i, min(i + self.read_step, visible)) for i in range(0, visible, self.read_step)]
+    def reads(self, seen: slice) -> list[tuple[slice, slice]]:
+        """Blocks of the memories `seen`, counted from its start and from the first of all."""
+        starts = range(seen.start, seen.stop, self.read_step)
+        blocks = [slice(i, min(i + self.read_step, seen.stop)) for i in starts]
+        return [(slice(b.start - seen.start, b.stop - seen.start), b) for b in blocks]
 
 
 class BlockGates:
@@ -67,11 +81,11 @@ class BlockGates:
         self.u, self.online_logit = blocks.tokens(u, dtype), blocks.tokens(online_logit, dtype)
         self.summaries = blocks.memories(summaries, dtype)
 
-    def block(self, segments: slice, tokens: slice, visible: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates of the first `visible` memories `[G, T, V]` and of the online one `[G, T]`."""
+    def block(self, segments: slice, tokens: slice, seen: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates of the V memories `seen` `[G, T, V]` and of the online one `[G, T]`."""
         blocks = self.blocks
-        logits, self.choice = gate_logits(self.u[:, tokens], self.summaries[:, :visible])
-        hidden = hidden_memories(self.birth, self.first, segments, visible)
+        logits, self.choice = gate_logits(self.u[:, tokens], self.summaries[:, seen])
+        hidden = hidden_memories(self.birth, self.first, segments, seen)
         logits = logits.masked_fill(
             hidden.repeat_interleave(blocks.heads, 0).repeat_interleave(blocks.width, 1), HIDDEN
         )
@@ -84,14 +98,14 @@ class BlockGates:
         self.grad_online, self.grad_logit = grad_online, torch.empty_like(self.online_logit)
         self.grad_u, self.grad_summaries = torch.empty_like(self.u), torch.zeros_like(self.summaries)
 
-    def block_backward(self, tokens: slice, grad_gates: torch.Tensor) -> None:
+    def block_backward(self, tokens: slice, seen: slice, grad_gates: torch.Tensor) -> None:
         """Takes the gradient `[G, T, V]` of the gates that `block` gave last."""
         grad = torch.cat([grad_gates, self.grad_online[:, tokens, None]], -1)
         grad = self.function.pull_back(self.logits, self.gates, grad)
         self.grad_logit[:, tokens] = grad[..., -1]
-        read = self.summaries[:, : grad_gates.shape[-1]]
+        read = self.summaries[:, seen]
         self.grad_u[:, tokens], grad_read = gate_logits_backward(grad[..., :-1], self.choice, self.u[:, tokens], read)
-        self.grad_summaries[:, : grad_gates.shape[-1]] += grad_read
+        self.grad_summaries[:, seen] += grad_read
 
     def gradients(self, u, summaries, online_logit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of u, summaries and online_logit, in their layouts and dtypes."""
@@ -113,15 +127,15 @@ def segment_read_torch(
     function: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `segment_read`."""
-    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
+    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1], first)
     weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, dtype)
     qg, sg = blocks.tokens(q, dtype), blocks.memories(states, dtype)
     out = qg.new_zeros(*qg.shape[:-1], states.shape[-1])
     online_gate = qg.new_empty(qg.shape[:-1])
-    for segments, tokens, visible in blocks.queries():
-        gates, online_gate[:, tokens] = weights.block(segments, tokens, visible)
-        for read in blocks.reads(visible):
-            mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
+    for segments, tokens, seen in blocks.queries():
+        gates, online_gate[:, tokens] = weights.block(segments, tokens, seen)
+        for place, read in blocks.reads(seen):
+            mixed = (gates[..., place, None] * qg[:, tokens, None]).flatten(-2)
             out[:, tokens] += mixed @ sg[:, read].flatten(1, 2)
     return blocks.untokens(out, q.dtype), blocks.untokens(online_gate, dtype)
 
@@ -139,22 +153,22 @@ def segment_read_backward_torch(
     function: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, u, states, summaries and online_logit."""
-    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1])
+    dtype, blocks = compute_dtype(q), Blocks(q, states.shape[1], q.shape[-1], first)
     weights = BlockGates(blocks, u, summaries, online_logit, birth, first, function, dtype)
     qg, go, sg = blocks.tokens(q, dtype), blocks.tokens(grad_out, dtype), blocks.memories(states, dtype)
     grad_q, grad_states = torch.zeros_like(qg), torch.zeros_like(sg)
     weights.begin_backward(blocks.tokens(grad_online, dtype))
-    for segments, tokens, visible in blocks.queries():
-        gates, _ = weights.block(segments, tokens, visible)
+    for segments, tokens, seen in blocks.queries():
+        gates, _ = weights.block(segments, tokens, seen)
         grad_gates = torch.empty_like(gates)
-        for read in blocks.reads(visible):
+        for place, read in blocks.reads(seen):
             back = torch.einsum("gtv,gskv->gtsk", go[:, tokens], sg[:, read])
             # products and sums: as matrix products the many tiny matrices would be slow
-            grad_gates[..., read] = (back * qg[:, tokens, None]).sum(-1)
-            grad_q[:, tokens] += back.mul_(gates[..., read, None]).sum(-2)
-            mixed = (gates[..., read, None] * qg[:, tokens, None]).flatten(-2)
+            grad_gates[..., place] = (back * qg[:, tokens, None]).sum(-1)
+            grad_q[:, tokens] += back.mul_(gates[..., place, None]).sum(-2)
+            mixed = (gates[..., place, None] * qg[:, tokens, None]).flatten(-2)
             grad_states[:, read] += (mixed.transpose(-1, -2) @ go[:, tokens]).view_as(sg[:, read])
-        weights.block_backward(tokens, grad_gates)
+        weights.block_backward(tokens, seen, grad_gates)
     grad_u, grad_summaries, grad_logit = weights.gradients(u, summaries, online_logit)
     return (
         blocks.untokens(grad_q, q.dtype),

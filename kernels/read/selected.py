@@ -7,7 +7,7 @@ is fetched once per tile and k products per token are computed, whatever the num
 import torch
 
 from ..shared.ops import budget, choose_backend, compute_dtype, register_op
-from .gates import HIDDEN, choose_best, gate_logits, hidden_memories
+from .gates import HIDDEN, choose_best, first_readable, gate_logits, hidden_memories
 
 
 ROUTE_BUDGET = 2**19  # elements of one block of scores, tokens x segments
@@ -23,14 +23,18 @@ def segment_route_torch(
     ug = u.to(compute_dtype(u)).movedim(3, 1).reshape(groups, num, width, -1)
     zg = summaries.to(ug.dtype).movedim(2, 1).reshape(groups, memories, *summaries.shape[3:])
     chosen = torch.empty(groups, num, width, top_k, dtype=torch.int64, device=u.device)
-    step = max(1, budget(u.device, ROUTE_BUDGET) // max(1, groups * width * memories))
+    readable = first_readable(first)
+    widest = max((memories - num + n + 1 - low for n, low in enumerate(readable)), default=memories)
+    step = max(1, budget(u.device, ROUTE_BUDGET) // max(1, groups * width * widest))
     for start in range(0, num, step):
         stop = min(start + step, num)
         visible = max(top_k, memories - num + stop)  # later memories are hidden from all of this block
-        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg[:, :visible])
-        hidden = hidden_memories(birth, first, slice(start, stop), visible).repeat_interleave(heads, 0)[:, :, None]
-        logits = logits.view(groups, stop - start, width, visible).masked_fill_(hidden, HIDDEN)
-        chosen[:, start:stop] = choose_best(logits, top_k)
+        seen = slice(max(0, min(visible - top_k, *readable[start:stop])), visible)
+        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg[:, seen])
+        hidden = hidden_memories(birth, first, slice(start, stop), seen).repeat_interleave(heads, 0)[:, :, None]
+        logits = logits.view(groups, stop - start, width, -1).masked_fill_(hidden, HIDDEN)
+        best = choose_best(logits, top_k)
+        chosen[:, start:stop] = torch.where(best < 0, best, best + seen.start)
     return chosen.view(rows, heads, num, width, top_k).movedim(1, 3).contiguous()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers import with_triton
+from mc_transformers.kernels.read import segment
 from mc_transformers.kernels.read.segment import segment_read, segment_read_op
 from op_inputs import (
     DTYPES,
@@ -137,3 +138,18 @@ def test_triton_is_registered():
     """Fake implementation and autograd, with the Triton implementation chosen."""
     inputs = to_dtype(read_inputs(rows=1, num=2, cached=1, width=3, heads=1), torch.float32)
     torch.library.opcheck(segment_read_op, (*leaves(inputs), "softmax", "triton"))
+
+
+@pytest.mark.parametrize("bound", [4, None])
+def test_a_bound_is_what_is_paid_for(bound, monkeypatch):
+    """Over N segments of which each may read `bound`, as many (segment, memory) pairs are touched, and not N x N."""
+    monkeypatch.setattr("mc_transformers.kernels.read.segment.BUDGET", 1)  # blocks of one query segment
+    num = 64
+    q, u, states, summaries, logit, birth, first = read_inputs(rows=1, num=num, cached=0, heads=1, width=2)
+    if bound:
+        first = (torch.arange(num) - bound).clamp(min=0)[None]
+    touched = []
+    logits = segment.gate_logits
+    monkeypatch.setattr(segment, "gate_logits", lambda u, z: touched.append(z.shape[1]) or logits(u, z))
+    segment_read(q, u, states, summaries, logit, birth, first)
+    assert sum(touched) == (sum(min(n, bound) for n in range(num)) if bound else num * (num - 1) // 2)
