@@ -345,8 +345,10 @@ class MCModel(MCPreTrainedModel):
                 raise ValueError(f"`input_ids` must be torch.int64 or torch.int32, got {input_ids.dtype}")
             if input_ids.ndim != 2:
                 raise ValueError(f"`input_ids` must have shape (rows, tokens), got {tuple(input_ids.shape)}")
+            if not input_ids.shape[0]:
+                raise ValueError(f"`input_ids` has no rows, allowed: at least one, got {tuple(input_ids.shape)}")
             return self.embed_tokens(input_ids)
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+        if inputs_embeds.ndim != 3 or not len(inputs_embeds) or inputs_embeds.shape[-1] != self.config.hidden_size:
             shape = f"(rows, tokens, {self.config.hidden_size})"
             raise ValueError(f"`inputs_embeds` must have shape {shape}, got {tuple(inputs_embeds.shape)}")
         return inputs_embeds

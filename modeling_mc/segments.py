@@ -132,11 +132,23 @@ class SegmentTable:
                     f"`attention_mask` must have shape {(batch_size, num_tokens)} (or cover the cached tokens too), "
                     f"got {tuple(attention_mask.shape)}"
                 )
+            cls._check_mask_values(attention_mask)
             mask = attention_mask != 0
             order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
             length = mask.sum(1)
 
         return cls._build_rows(borders, num_tokens, align, length, position, order, mask)
+
+    @staticmethod
+    def _check_mask_values(mask: torch.Tensor) -> None:
+        """A mask of numbers with a fraction may be one that is added to scores, where 0 means a token."""
+        if not mask.is_floating_point() or torch.compiler.is_compiling():
+            return
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"`attention_mask` of {mask.dtype} has values other than 0 and 1, allowed: 1 = a token, 0 = padding; "
+                "of a mask that is added to scores (0 and -inf) pass `mask == 0`"
+            )
 
     @classmethod
     def _build_rows(
