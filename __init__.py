@@ -5,6 +5,7 @@ from .configuration_mc import MCConfig
 from .modeling_mc.cache import MCCache
 from .modeling_mc.cache_layer import MCCacheLayer
 from .modeling_mc.layer import MemoryCaching, make_cache
+from .modeling_mc.look import LayerGates, plot_gates, read_gates
 from .modeling_mc.model import (
     MC_LORA_TARGETS,
     MCForCausalLM,
@@ -29,6 +30,7 @@ register_auto_classes(
 __all__ = [
     "MC_LORA_TARGETS",
     "CachedRNN",
+    "LayerGates",
     "MCCache",
     "MCCacheLayer",
     "MCConfig",
@@ -41,6 +43,8 @@ __all__ = [
     "MemoryCaching",
     "byte_tokenizer",
     "make_cache",
+    "plot_gates",
+    "read_gates",
     "warmup",
     "wrap_rnn",
 ]

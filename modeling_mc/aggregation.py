@@ -143,29 +143,33 @@ class Aggregation:
         summaries: torch.Tensor | None,
         visible: torch.Tensor,
         scale: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What T tokens per row multiply answers with: of S past memories (0 = not read) and of the online one.
 
         Args:
             u: `[B, T, H, du]`. online_logit: `[B, T, H]`. summaries: `[B, S, H, m, du]`. visible: `[B, S]` bool. The
-                first three are None for read rules without content gates. scale: `[H]` or None, see
-                `memories.mix_answers`.
+                first three are None for read rules without content gates.
+            index: `[B, T, H, K]`, a choice that was made already. scale: `[H]`, see `memories.mix_answers`.
+            dtype: of constant gates; the others have that of the summaries.
 
         Returns:
             `[B, T, H, S]` and `[B, T, H]`; with constant gates T and H are 1, the same for all.
         """
-        if scale is not None:  # the online answer counts as it is
-            past, online = self.gates(u, online_logit, summaries, visible)
-            return past * scale[:, None], torch.ones_like(online)
         if not self.uses_gates:
-            past = visible[:, None, None].float()
+            past = visible[:, None, None].to(dtype)
             total = past.sum(-1) + 1 if self.kind == "mean" else torch.ones_like(past[..., 0])
-            return past / total[..., None], 1 / total
-        top_k, slots = self.top_k if self.kind == "ssc" else 0, visible.shape[1]
-        past, online, index = content_gates(u, online_logit, summaries, visible, None, top_k, self.gate_function)
-        if index is not None:  # the place behind the last memory takes what was not chosen
-            every = past.new_zeros(*past.shape[:-1], slots + 1)
-            past = every.scatter(-1, index.where(index >= 0, slots), past)[..., :slots]
+            past, online = past / total[..., None], 1 / total
+        else:
+            top_k, slots = self.top_k if self.kind == "ssc" else 0, visible.shape[1]
+            function = self.gate_function
+            past, online, index = content_gates(u, online_logit, summaries, visible, index, top_k, function)
+            if index is not None:  # the place behind the last memory takes what was not chosen
+                every = past.new_zeros(*past.shape[:-1], slots + 1)
+                past = every.scatter(-1, index.where(index >= 0, slots), past)[..., :slots]
+        if scale is not None:  # the online answer counts as it is
+            past, online = past * scale[:, None], torch.ones_like(online)
         return past, online
 
     def gates_received(self, u, online_logit, summaries, visible) -> torch.Tensor:

@@ -25,6 +25,9 @@ class FenwickHistory(History):
     def num_slots(self, num_tokens: int) -> int:
         return self.num_levels(num_tokens, True)
 
+    def num_columns(self, num_tokens: int) -> int:
+        return self.borders.most_finished(num_tokens - 1).bit_length()
+
     def grow(self, layer: MCCacheLayer, num_tokens: int) -> None:
         known = layer.storage.group("state")[0].shape[1] - self.lead
         super().grow(layer, num_tokens)
@@ -58,7 +61,8 @@ class FenwickHistory(History):
         birth = torch.where((finished[..., None] >> bits) & 1 == 1, 0, NEVER).flatten(0, 1)
         birth = torch.nn.functional.pad(birth, (0, 1), value=NEVER)
         summaries = stacked.pop() if levels[0].sums is not None else None
-        return Caches(tuple(stacked), summaries, birth, torch.zeros_like(birth[:, :1]))
+        number = torch.arange(num + 1, device=birth.device).expand_as(birth)
+        return Caches(tuple(stacked), summaries, birth, torch.zeros_like(birth[:, :1]), number)
 
     def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
         kept = [*Kept(layer.storage).all(), layer.tensors.get("summaries")] if layer.storage.group("kept") else []
@@ -77,3 +81,7 @@ class FenwickHistory(History):
 
     def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         return torch.arange(full.shape[1], device=full.device).expand_as(full)
+
+    def columns(self, layer: MCCacheLayer, borders: Borders) -> torch.Tensor:
+        slots = layer.tensors["kept.0"].shape[1]
+        return torch.arange(slots, device=layer.position.device).expand(len(layer.position), -1)

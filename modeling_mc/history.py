@@ -36,12 +36,14 @@ class Caches:
         summaries: `[R, S, H, m, du]`, means of the m sub-blocks of each segment, or None without content gates.
         birth: `[R, S]` int64, memory i may be read by grid segments j >= birth.
         first: `[R, N]` int64, the first memory that grid segment j may read.
+        number: `[R, S]` int64, the column of each memory among the gates that users see, if these are asked for.
     """
 
     states: State
     summaries: torch.Tensor | None
     birth: torch.Tensor
     first: torch.Tensor
+    number: torch.Tensor | None = None
 
     def visible(self) -> torch.Tensor:
         """`[R, N, S]` bool."""
@@ -100,6 +102,11 @@ class Slots:
         needed = max(1, self.borders.most_finished(num_tokens))
         return needed if self.max_segments is None else min(needed, self.max_segments)
 
+    def num_columns(self, num_tokens: int) -> int:
+        """Columns of past memories among the gates that users see: segments that the last of `num_tokens` tokens can
+        have behind it."""
+        return self.borders.most_finished(num_tokens - 1) if self.keeps else 0
+
     def check_room(self, layer: MCCacheLayer, num_tokens: int) -> None:
         """Refuse `num_tokens` more tokens if a static cache has no slots for the segments that they finish.
 
@@ -156,7 +163,18 @@ class GridHistory(Slots):
             count = known.sum(1, keepdim=True)
             drop = (count + rank - first - self.max_segments).clamp(min=0)
             first = torch.where(drop < count, first + drop, old + first + drop - count)
-        return Caches(states, summaries, birth, first)
+        number = None if table.gates is None else self._numbers(table, known, bounded)
+        return Caches(states, summaries, birth, first, number)
+
+    @staticmethod
+    def _numbers(table: SegmentTable, known: torch.Tensor, in_order: bool) -> torch.Tensor:
+        """`[R, S]` of the memories of `_memories`: the segment that each is of, counted in its own sequence."""
+        old = torch.arange(known.shape[1], device=known.device).expand_as(known)
+        if table.shards is not None:
+            return torch.cat([old, old.shape[1] + table.number], 1)
+        if in_order:
+            old = old + (table.finished_before[:, None] - known.sum(1, keepdim=True))
+        return torch.cat([old, table.number], 1)
 
     def _memories(self, level: Level, layer: MCCacheLayer | None, in_order: bool):
         """States and summaries of kept segments (oldest first if `in_order`), then of the grid's; and which slots
@@ -236,6 +254,11 @@ class TokenHistory(Slots):
 
     def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
         return slot < borders.finished(layer.position)[:, None]
+
+    def columns(self, layer: MCCacheLayer, borders: Borders) -> torch.Tensor:
+        """`[B, S]` int64, the column of every slot among the gates that users see."""
+        slots, last = layer.tensors["kept.0"].shape[1], borders.finished(layer.position)[:, None] - 1
+        return last - (last - torch.arange(slots, device=last.device)) % slots
 
     def push(
         self,

@@ -50,8 +50,8 @@ class Occupants:
 class Survivors(Caches):
     """Caches of one row per grid segment, and what is left after the last: occupants, and their memories by slot."""
 
-    who: Occupants
-    after: tuple[torch.Tensor | None, ...]
+    who: Occupants = None
+    after: tuple[torch.Tensor | None, ...] = ()
 
 
 class LeastReadHistory(History):
@@ -85,13 +85,14 @@ class LeastReadHistory(History):
         last = old + table.num_segments - 1
         place = torch.arange(self.max_segments, device=device).clamp(max=last).expand(rows, -1)  # of the slot's memory
         row = torch.arange(rows, device=device)[:, None]
-        places, visible = [], []
+        places, visible, numbers = [], [], []
         for rank in range(table.num_segments):
             if table.starts is not None:
                 who.segment = rows_where(table.starts[:, rank], torch.full_like(who.segment, -1), who.segment)
             taken = who.segment >= 0
             places.append(place)
             visible.append(taken)
+            numbers.append(who.segment)
             with torch.no_grad():
                 near = None if summaries is None else summaries[row, place]
                 who.read(gates_received(rank, near, taken), table.valid[:, rank])
@@ -104,7 +105,9 @@ class LeastReadHistory(History):
         folded = [None if x is None else x[row[..., None], index].flatten(0, 1) for x in (*states, summaries)]
         birth = birth.flatten(0, 1)
         after = tuple(None if x is None else x[row, place] for x in (*states, summaries))
-        return Survivors(tuple(folded[:-1]), folded[-1], birth, torch.zeros_like(birth[:, :1]), who, after)
+        number = torch.nn.functional.pad(torch.stack(numbers, 1), (0, 1)).flatten(0, 1)
+        first = torch.zeros_like(birth[:, :1])
+        return Survivors(tuple(folded[:-1]), folded[-1], birth, first, number, who=who, after=after)
 
     def _leave_finished(self, levels, caches: Survivors, layer: MCCacheLayer, row: torch.Tensor) -> None:
         for name, part in zip(self._names(), caches.after, strict=True):
@@ -122,3 +125,6 @@ class LeastReadHistory(History):
         who.replace(slot, segment[:, 0], full[:, 0])
         self._leave_occupants(who, layer)
         return slot[:, None]
+
+    def columns(self, layer: MCCacheLayer, borders: Borders) -> torch.Tensor:
+        return layer.tensors["segment"]

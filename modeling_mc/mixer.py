@@ -18,10 +18,11 @@ from .attention import rotate
 from .borders import Borders
 from .cache_layer import MCCacheLayer, memory_layer
 from .fenwick import FenwickHistory
-from .history import History, Level
+from .history import Caches, History, Level
 from .least_read import LeastReadHistory
 from .memories import MEMORIES, Bias, Memory
 from .norms import make_output_norm, unit
+from .read_gates import GateLog, ReadGates, by_segment
 from .segments import SegmentTable
 from .summary import Summary
 
@@ -91,6 +92,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.memory = config, layer_idx, memory
         self.num_heads, self.summary_dim = config.memory_heads, config.summary_dim
+        self.read_gates = ReadGates()
         self.set_read_rule()
 
     def set_read_rule(self) -> None:
@@ -149,9 +151,32 @@ class Mixer(nn.Module):
 
         caches = self.history.caches(levels, before, gates_received)
         out = self.aggregation.mix(q, u, trace, logit, caches, table.routes, self._cached_scale(compute_dtype(q)))
+        if table.gates is not None:
+            table.gates[self.layer_idx].pieces.append(table.from_grid(self._grid_gates(q, u, logit, caches, table)))
         if layer is not None:
             self.history.leave(levels, caches, layer, trace.ends if lead else None)
         return table.from_grid(out)
+
+    def _columns(self, table: SegmentTable, layer: MCCacheLayer | None) -> int:
+        earlier = 0 if table.shards is None else table.shards.rank * table.num_tokens
+        return self.history.num_columns(earlier + (layer.bound(table.num_tokens) if layer else table.num_tokens))
+
+    def _grid_gates(self, q, u, logit, caches: Caches, table: SegmentTable) -> torch.Tensor:
+        """The gates of `_grid` as users see them, `[R, N, W, H, S + 1]`."""
+        if not self.aggregation.uses_cache:
+            return torch.ones(*q.shape[:4], 1, dtype=compute_dtype(q), device=q.device)
+        rows, columns, found = caches.first.shape, table.gates[self.layer_idx].columns, []
+        u, logit = (None if x is None else x.reshape(*rows, *x.shape[2:]) for x in (u, logit))
+        dtype = compute_dtype(q)
+        visible, scale = caches.visible(), self._cached_scale(dtype)
+        for segment in range(rows[1]):
+            tokens = (None, None) if u is None else (u[:, segment], logit[:, segment])
+            index = table.routes["grid"][:, segment] if self.aggregation.shares_routes else None
+            past, online = self.aggregation.gates(*tokens, caches.summaries, visible[:, segment], scale, index, dtype)
+            shape = (rows[0], *q.shape[2:4])
+            past, online = past.expand(*shape, past.shape[-1]), online.expand(shape)
+            found.append(by_segment(past, online, caches.number, columns))
+        return torch.stack(found, 1).reshape(*q.shape[:4], columns + 1)
 
     # ------------------------------------------------------------------------------------------------ token by token
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
@@ -194,12 +219,28 @@ class Mixer(nn.Module):
         q = parts.q.to(online[0].dtype)
         read = (parts.u, online, logit, kept, summaries, visible, table.routes, time, self._cached_scale(q.dtype))
         out = self.aggregation.mix_token(q, *read)
+        if table.gates is not None:
+            found = self._token_gates(parts.u, logit, summaries, visible, layer, table, time)
+            table.gates[self.layer_idx].pieces.append(found)
         gates = None
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
             gates = self.aggregation.gates_received(*tokens, summaries, visible)[:, 0]
         self.history.push(layer, borders, states, sums, real, gates)
         return out.to(parts.q.dtype)
+
+    def _token_gates(self, u, logit, summaries, visible, layer, table: SegmentTable, time: int) -> torch.Tensor:
+        """The gates of `_token` as users see them, `[B, 1, H, S + 1]`."""
+        shape = (len(layer.position), 1, self.num_heads)
+        if visible is None:
+            return torch.ones(*shape, 1, dtype=layer.tensors["state.0"].dtype, device=layer.position.device)
+        tokens = (None, None) if logit is None else (u[:, None], logit[:, None])
+        index = table.routes[time][:, None] if self.aggregation.shares_routes else None
+        dtype = layer.tensors["state.0"].dtype
+        past, online = self.aggregation.gates(*tokens, summaries, visible, self._cached_scale(dtype), index, dtype)
+        past, online = past.expand(*shape, past.shape[-1]), online.expand(shape)
+        columns = table.gates[self.layer_idx].columns
+        return by_segment(past, online, self.history.columns(layer, table.borders), columns)
 
     def _summarise(self, parts: Projected, layer: MCCacheLayer, borders: Borders) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums `[B, L, H, m, du]` with the new token, and the online logit `[B, H]` from those of level 0."""
@@ -232,6 +273,8 @@ class Mixer(nn.Module):
     def _answers(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """Answers `[R, T, H, dv]` of compact tokens `[R, T, hidden]`, and their traces in the cache."""
         parts = self._project(x, table, layer)
+        if table.gates is not None:
+            table.gates[self.layer_idx] = GateLog(self._columns(table, layer))
         with autocast_off(x.device):  # states and gates are fp32, in one pass and token by token
             if self.config.mc_backend == "reference":
                 out = self._reference(parts, table, layer)
@@ -291,6 +334,9 @@ class Mixer(nn.Module):
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
             cache.update(x, None, self.layer_idx)
+        if table.gates is not None:
+            gates = torch.cat(table.gates.pop(self.layer_idx).pieces, 1)
+            self.read_gates(table.expand(gates).transpose(1, 2))
         return x, out
 
 

@@ -35,6 +35,7 @@ from .compat import CACHE_NAME, cache_by_any_name, rename_cache
 from .context_parallel import active_shards, check_shards
 from .memories import Bias
 from .mixer import MCMixer
+from .read_gates import ReadGates
 from .registration import register_decoder, register_layer_type, register_lora_targets
 from .segments import SegmentTable
 from .transaction import one_forward, transaction_of
@@ -121,7 +122,7 @@ class MCPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _is_stateful = False  # the cache can be rolled back
-    _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": "self_attn"}
+    _can_record_outputs = {"hidden_states": MCDecoderLayer, "attentions": ["self_attn", ReadGates]}
 
     def __init__(self, config: MCConfig, *args, **kwargs) -> None:
         config.check()
@@ -240,13 +241,14 @@ class MCModel(MCPreTrainedModel):
         return list(self.layers)[: self.config.num_hidden_layers]
 
     def _segment_table(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: Cache | None, packed: dict
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor | None, past: Cache | None, packed: dict, gates: bool
     ) -> SegmentTable | None:
         mixer = next((x.mixer for x in self._running if hasattr(x, "mixer")), None)  # of this stage of a pipeline
         if mixer is None:
             return None
         layer = None if past is None else mixer.cache_layer(past, inputs_embeds)  # before its positions are used
-        return replace(mixer.table(inputs_embeds, mask, layer, **packed), shards=active_shards())
+        table = mixer.table(inputs_embeds, mask, layer, **packed)
+        return replace(table, shards=active_shards(), gates={} if gates else None)
 
     @cache_by_any_name
     @merge_with_config_defaults
@@ -273,11 +275,17 @@ class MCModel(MCPreTrainedModel):
             cache: an `MCCache` or `DynamicCache(config=config)`, filled in place; `past_key_values` is its other name.
             use_cache: return a cache, a new `MCCache` if none is given; by default as the config says.
             kwargs: `cu_seq_lens_q` `[documents + 1]` or `seq_idx` `[1, T]`, borders of packed documents, as
-                `DataCollatorWithFlattening` makes them; `output_hidden_states`.
+                `DataCollatorWithFlattening` makes them; `output_hidden_states`; `output_attentions`.
 
         Returns:
             `last_hidden_state` `[B, T, hidden_size]`, and `cache` if a cache is used (before Transformers 5.24:
-            `past_key_values`).
+            `past_key_values`). With `output_attentions=True` also `attentions`, a tensor per layer: of an attention
+            layer its weights `[B, H, T, keys]` (with `attn_implementation="eager"`), of a memory layer its gates
+            `[B, H, T, S + 1]`, what each answer is multiplied with before they are added up. Column i is the row's (or
+            the document's) segment i, 0 where it is not read; with logarithmic segments it is level i, the last
+            finished segment of 2^i; the last column is the online memory. S is how many the last token of an unpadded
+            row has behind it. Padding has zeros. Memories with elementwise gates of their own (`vector_read="add"`)
+            show 1 for what is read; `aggregation="none"` has S = 0 and ones.
 
         Raises:
             ValueError: inputs that are missing, empty, of a wrong dtype or shape, or packed without borders.
@@ -307,7 +315,9 @@ class MCModel(MCPreTrainedModel):
             mask = masks.get(LAYER_TYPE)
         else:
             mask = memory_caching_mask(self.config, inputs_embeds, attention_mask)
-        table = self._segment_table(inputs_embeds, mask, cache, packed)
+        asked = kwargs.get("output_attentions")
+        asked = getattr(self.config, "output_attentions", False) if asked is None else asked
+        table = self._segment_table(inputs_embeds, mask, cache, packed, bool(asked))
         if is_packed and table is not None:  # attention tells documents apart by positions, and without a mask only
             position_ids = table.token_position() if position_ids is None else position_ids
             attention_mask = None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .borders import Borders
+from .read_gates import GateLog
 from .shards import Shards
 
 
@@ -58,6 +59,7 @@ class SegmentTable:
             document; cu_seq_lens: `[D + 1]` int64, tokens before every document and in all; all None unless documents
             are packed.
         routes: choices of segments that layers share (route_sharing="model"), by what they were made for.
+        gates: where layers leave, by their number, what they read; None = nobody asks.
         first: `[R, N]` int64, the first grid segment of the same sequence.
         shards: the ranks that share each row (context parallel), or None.
     """
@@ -86,6 +88,7 @@ class SegmentTable:
     coarse: dict[int, "SegmentTable"] = field(default_factory=dict, repr=False)
     copies: dict[torch.device, "SegmentTable"] = field(default_factory=dict, repr=False)
     routes: dict = field(default_factory=dict, repr=False)
+    gates: dict[int, GateLog] | None = field(default=None, repr=False)
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
