@@ -16,6 +16,7 @@ BROKEN = (
     "`cache` is broken: a forward that was writing into it did not end (an error or an interruption), so its layers "
     "stand at different tokens. Call `cache.reset()` and read the text again, or go on from a copy or a file of before"
 )
+GUARD = threading.Lock()  # one for all: a cache made inside a compiled graph cannot make a lock
 IN_USE = "`cache` is in use by another forward: give every thread a cache of its own (`copy.deepcopy(cache)`)"
 
 
@@ -28,7 +29,7 @@ class Transaction:
 
     def __init__(self, broken: bool = False) -> None:
         self.broken, self._writing = broken, False
-        self._lock, self._owner, self._depth = threading.Lock(), None, 0
+        self._owner, self._depth = None, 0
 
     def __reduce__(self) -> tuple:
         return Transaction, (self.broken or self._writing,)
@@ -47,10 +48,8 @@ class Transaction:
     def __enter__(self) -> "Transaction":
         """Begin a forward, or one inside of it (the decoder inside a model with a head)."""
         me = threading.get_ident()
-        if self._owner != me:
+        with GUARD:
             self.check()
-            if not self._lock.acquire(blocking=False):
-                raise ValueError(IN_USE)
             self._owner = me
         self._depth += 1
         return self
@@ -65,7 +64,6 @@ class Transaction:
             return
         self.broken = kind is not None and self._writing
         self._writing, self._owner = False, None
-        self._lock.release()
 
 
 def transaction_of(cache: object) -> Transaction | None:
