@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..configuration_mc import CHOICES
-from ..hub import facts as info
+from ..hub import facts
 from ..hub.inputs import short
 from ..hub.loading import DTYPES, default_device, load_config, load_model, load_tokenizer
 from ..hub.publish import hide_tokens
@@ -24,11 +24,11 @@ DESCRIPTION = "Memory Caching models (arXiv 2602.24281): inspect, run, evaluate,
 
 # ----------------------------------------------------------------------------------------------------------- commands
 def run_env(args: argparse.Namespace) -> None:
-    print(info.environment())
+    print(facts.environment())
 
 
 def run_info(args: argparse.Namespace) -> None:
-    print(info.describe(load_config(args.checkpoint, args.revision, presets=True)))
+    print(facts.describe(load_config(args.checkpoint, args.revision, presets=True)))
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -71,7 +71,7 @@ def run_generate(args: argparse.Namespace) -> None:
     before = f"{seen} remembered + " if seen else ""
     print(
         f"[{before}{ids.shape[1]} + {new} tokens in {seconds:.1f} s; cache: {cache.num_segments} finished "
-        f"segments, {info.human_bytes(cache.nbytes)}]",
+        f"segments, {facts.human_bytes(cache.nbytes)}]",
         file=sys.stderr,
     )
     if args.memory is not None and not args.keep_memory:
@@ -113,7 +113,7 @@ def run_eval(args: argparse.Namespace) -> None:
     ]
     loss, perplexity = (result["value"] for result in record["results"])
     rows.append(("all", f"{loss:.4f}", f"{perplexity:.3f}"))
-    print(info.table(rows, ("position", "loss (nats per token)", "perplexity")))
+    print(facts.table(rows, ("position", "loss (nats per token)", "perplexity")))
     if args.output:
         write_file(args.output, evaluate.to_json(record))
         print(f"written to {args.output}")
@@ -160,8 +160,8 @@ def run_publish(args: argparse.Namespace) -> None:
         commit_message=args.message,
         **_card_arguments(args),
     )
-    print(info.table([(name, info.human_bytes(size)) for name, size in files.items()], ("file", "size")))
-    total = info.human_bytes(sum(files.values()))
+    print(facts.table([(name, facts.human_bytes(size)) for name, size in files.items()], ("file", "size")))
+    total = facts.human_bytes(sum(files.values()))
     if commit is None:
         print(f"dry run: {len(files)} files, {total}, checked; nothing was uploaded")
     else:

@@ -6,19 +6,19 @@ from functools import partial
 
 import torch
 
-from mc_transformers.kernels.read import deep_constant_triton as triton_deep_constant_read
-from mc_transformers.kernels.read import deep_selected_triton as triton_deep_selected_read
-from mc_transformers.kernels.read import deep_triton as triton_deep_read
-from mc_transformers.kernels.read import route_triton as triton_segment_route
-from mc_transformers.kernels.read import segment_triton as triton_segment_read
-from mc_transformers.kernels.read import selected_triton as triton_selected_read
+from mc_transformers.kernels.read import (
+    deep_constant_triton,
+    deep_selected_triton,
+    route_triton,
+    segment_triton,
+    selected_triton,
+)
+from mc_transformers.kernels.read import deep_triton as deep_read_triton
 from mc_transformers.kernels.shared.deep import ANSWER
 from mc_transformers.kernels.shared.ops import WIDEST, WIDEST_DEEP
-from mc_transformers.kernels.step import decode_triton as triton_decode_step
-from mc_transformers.kernels.step import slot_triton as triton_slot_write
-from mc_transformers.kernels.step import state_triton as triton_state_step
-from mc_transformers.kernels.write import deep_triton as triton_deep_write
-from mc_transformers.kernels.write import linear_triton as triton_linear_write
+from mc_transformers.kernels.step import decode_triton, slot_triton, state_triton
+from mc_transformers.kernels.write import deep_triton as deep_write_triton
+from mc_transformers.kernels.write import linear_triton
 
 
 WIDTHS = {"mc-170m": 48, "mc-340m": 64, "mc-760m": 96, "d128": 128, "mc-1.3b": 256}
@@ -45,8 +45,8 @@ def linear_write(width: int, dtype: torch.dtype, decay: bool = True) -> None:
     log_decay = grid() if decay else None
     states = empty(ROWS, SEGMENTS, HEADS, width, width)
     for initial, carry in ((None, False), (states[:, 0], True)):
-        triton_linear_write.forward(q, k, v, log_decay, initial, None, carry)
-        triton_linear_write.backward(go, states, q, k, v, log_decay, initial, None, carry)
+        linear_triton.forward(q, k, v, log_decay, initial, None, carry)
+        linear_triton.backward(go, states, q, k, v, log_decay, initial, None, carry)
 
 
 def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str = "softmax") -> None:
@@ -54,21 +54,21 @@ def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str 
     states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
     summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
     inputs = (q, u, states, summaries, grid(), *visibility(), function)
-    triton_segment_read.forward(*inputs)
-    triton_segment_read.backward(out, grid(), *inputs)
+    segment_triton.forward(*inputs)
+    segment_triton.backward(out, grid(), *inputs)
 
 
 def segment_route(width: int, dtype: torch.dtype, blocks: int = 1) -> None:
     summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
-    triton_segment_route.forward(grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
+    route_triton.forward(grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
 
 
 def selected_read(width: int, dtype: torch.dtype) -> None:
     q, out = (grid(width, dtype=dtype) for _ in range(2))
     states = empty(ROWS, CACHED + SEGMENTS, HEADS, width, width)
     inputs = (q, grid(TOP_K), states, grid(TOP_K, dtype=torch.int64))
-    triton_selected_read.forward(*inputs)
-    triton_selected_read.backward(out, *inputs)
+    selected_triton.forward(*inputs)
+    selected_triton.backward(out, *inputs)
 
 
 def decode_step(
@@ -83,7 +83,7 @@ def decode_step(
     index = empty(ROWS, HEADS, TOP_K, dtype=torch.int64) if given else None
     for top_k in (0, TOP_K):
         chosen = index if top_k else None
-        triton_decode_step.forward(q, u, online, logit, states, scale, summaries, visible, chosen, top_k, function)
+        decode_triton.forward(q, u, online, logit, states, scale, summaries, visible, chosen, top_k, function)
 
 
 def state_step(width: int, dtype: torch.dtype) -> None:
@@ -91,16 +91,16 @@ def state_step(width: int, dtype: torch.dtype) -> None:
     state, gate = empty(ROWS, HEADS, width, width), empty(ROWS, HEADS)
     k, last = empty(ROWS, HEADS, width, dtype=dtype), empty(ROWS, HEADS, width)
     for again, delta in (((None, None, None), False), ((last, last, gate), False), ((None, None, None), True)):
-        triton_state_step.forward(state, k, k, gate, gate, *again, delta)
+        state_triton.forward(state, k, k, gate, gate, *again, delta)
 
 
 def slot_write(width: int, dtype: torch.dtype) -> None:
     """A state moves into the cache, is set to zero, and keeps what it had."""
     state, kept = empty(ROWS, 1, HEADS, width, width), empty(ROWS, CACHED, HEADS, width, width, dtype=dtype)
     slot, rows = empty(ROWS, 1, dtype=torch.int64), empty(ROWS, 1, dtype=torch.bool)
-    triton_slot_write.forward(kept, state, slot, rows)
-    triton_slot_write.forward(state, empty().expand_as(state), None, rows)
-    triton_slot_write.forward(state, state, None, rows)
+    slot_triton.forward(kept, state, slot, rows)
+    slot_triton.forward(state, empty().expand_as(state), None, rows)
+    slot_triton.forward(state, state, None, rows)
 
 
 def deep_write(width: int, dtype: torch.dtype, parts: int, loss: str, resumed: bool = False) -> None:
@@ -126,8 +126,8 @@ def deep_write(width: int, dtype: torch.dtype, parts: int, loss: str, resumed: b
         loss,
         ANSWER,
     )
-    out, *ends = triton_deep_write.forward(*inputs)
-    triton_deep_write.backward(out, *(end if end.numel() else None for end in ends), *inputs)
+    out, *ends = deep_write_triton.forward(*inputs)
+    deep_write_triton.backward(out, *(end if end.numel() else None for end in ends), *inputs)
 
 
 def deep_maps(width: int) -> tuple[torch.Tensor, ...]:
@@ -140,24 +140,24 @@ def deep_read(width: int, dtype: torch.dtype) -> None:
     q, u, out = (grid(width, dtype=dtype) for _ in range(3))
     summaries, norm = empty(ROWS, CACHED + SEGMENTS, HEADS, 1, width), (empty(HEADS, width), empty(HEADS, width))
     inputs = (q, u, *deep_maps(width), summaries, grid(), *norm, *visibility(), "softmax")
-    triton_deep_read.forward(*inputs)
-    triton_deep_read.backward(out, grid(), *inputs)
+    deep_read_triton.forward(*inputs)
+    deep_read_triton.backward(out, grid(), *inputs)
 
 
 def deep_constant_read(width: int, dtype: torch.dtype) -> None:
     q, out = (grid(width, dtype=dtype) for _ in range(2))
     visible = empty(ROWS, SEGMENTS, CACHED + SEGMENTS, dtype=torch.bool)
     inputs = (q, *deep_maps(width), empty(HEADS, width), empty(HEADS, width), visible)
-    triton_deep_constant_read.forward(*inputs)
-    triton_deep_constant_read.backward(out, *inputs)
+    deep_constant_triton.forward(*inputs)
+    deep_constant_triton.backward(out, *inputs)
 
 
 def deep_selected_read(width: int, dtype: torch.dtype) -> None:
     q, out = (grid(width, dtype=dtype) for _ in range(2))
     norm = empty(HEADS, width), empty(HEADS, width)
     inputs = (q, grid(TOP_K), *deep_maps(width), *norm, grid(TOP_K, dtype=torch.int64))
-    triton_deep_selected_read.forward(*inputs)
-    triton_deep_selected_read.backward(out, *inputs)
+    deep_selected_triton.forward(*inputs)
+    deep_selected_triton.backward(out, *inputs)
 
 
 LINEAR: dict[str, Run] = {

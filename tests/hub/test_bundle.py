@@ -18,8 +18,7 @@ import mc_transformers as mc
 from helpers import MEMORY_NAMES, build, small_config, tokens
 from mc_transformers import byte_tokenizer
 from mc_transformers.cli import main as cli
-from mc_transformers.hub import bundle, card, figure, flat
-from mc_transformers.hub import facts as info
+from mc_transformers.hub import bundle, card, facts, figure, flat
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
@@ -266,8 +265,8 @@ def test_card_shows_the_memory_against_length(bundled):
     assert content.startswith(b"\x89PNG") and len(content) < 100_000
     config = mc.MCConfig.from_pretrained(bundled)
     ours, theirs = figure.curves(config).values()
-    assert ours[1::4] == [info.cache_bytes(config, length) for length in (4096, 1048576)]
-    assert theirs[0] == info.key_value_bytes(config, 1024)
+    assert ours[1::4] == [facts.cache_bytes(config, length) for length in (4096, 1048576)]
+    assert theirs[0] == facts.key_value_bytes(config, 1024)
     assert figure.draw_memory(config, bundled) == "memory.png"
     assert (bundled / "memory.png").read_bytes() == content  # so that nothing new is uploaded
 

@@ -17,7 +17,7 @@ from helpers import build, family, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM, byte_tokenizer
 from mc_transformers.cli import evaluate
 from mc_transformers.cli import main as cli
-from mc_transformers.hub import facts as info
+from mc_transformers.hub import facts
 from mc_transformers.kernels.shared import ops as common
 
 
@@ -63,7 +63,7 @@ def test_env_names_the_backend_of_every_op_and_why(capsys, monkeypatch):
     monkeypatch.setattr(common, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "mc_backend='triton'" in lines()["linear_write"]
-    monkeypatch.setattr(info, "choose_backend", lambda requested, op, x, width: "triton")
+    monkeypatch.setattr(facts, "choose_backend", lambda requested, op, x, width: "triton")
     assert lines()["linear_write"].split()[1:3] == ["cpu", "triton"]
 
 
@@ -74,18 +74,18 @@ def test_cache_size_is_what_a_run_leaves(fields):
         cache = MCCache(config=config)
         with torch.no_grad():
             build(config)(tokens(1, length), cache=cache)
-        assert info.cache_bytes(config, length) == cache.nbytes
+        assert facts.cache_bytes(config, length) == cache.nbytes
 
 
 def test_bytes_per_segment_and_of_keys_and_values():
     # by hand: 2 memory layers, 2 heads, one fp32 state of 8 x 6 and one descriptor of 8 per head
     memory = small_config("linear", aggregation="grm", num_hidden_layers=2)
-    assert info.segment_bytes(memory) == 2 * 2 * (8 * 6 + 8) * 4
+    assert facts.segment_bytes(memory) == 2 * 2 * (8 * 6 + 8) * 4
     layers = ["memory_caching", "full_attention", "memory_caching"]
     hybrid = small_config("linear", aggregation="grm", num_hidden_layers=3, layer_types=layers)
-    assert info.segment_bytes(hybrid) == info.segment_bytes(memory)
-    assert info.key_value_bytes(hybrid, 100) == 2 * 3 * (2 * 8) * 100 * 4
-    assert info.segment_bytes(small_config("linear", aggregation="none")) == 0
+    assert facts.segment_bytes(hybrid) == facts.segment_bytes(memory)
+    assert facts.key_value_bytes(hybrid, 100) == 2 * 3 * (2 * 8) * 100 * 4
+    assert facts.segment_bytes(small_config("linear", aggregation="none")) == 0
 
 
 def test_info_of_checkpoint_and_preset(capsys, checkpoint):

@@ -166,10 +166,10 @@ def test_triton_selected_read(case, norm, dtype):
 @with_triton
 def test_triton_block_by_block(monkeypatch):
     """The same with gates of one query segment at a time."""
-    from mc_transformers.kernels.read import gates_triton as triton_gates
+    from mc_transformers.kernels.read import gates_triton
 
-    monkeypatch.setattr(triton_gates, "ELEMENTS", 1)
-    monkeypatch.setattr(triton_gates, "PROGRAMS", 0)
+    monkeypatch.setattr(gates_triton, "ELEMENTS", 1)
+    monkeypatch.setattr(gates_triton, "PROGRAMS", 0)
     inputs = deep_inputs(True, **TRITON_READS["packed"])
     compare(lambda *x, backend: deep_read(*x, "softmax", backend), inputs, (0, 1), torch.float32)
 

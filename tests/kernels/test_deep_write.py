@@ -136,9 +136,9 @@ def test_triton_half(case, dtype):
 @with_triton
 def test_triton_some_rows_at_a_time(monkeypatch):
     """The backward of one row after the other, of which only one leaves C and S."""
-    from mc_transformers.kernels.write import deep_triton as triton_deep_write
+    from mc_transformers.kernels.write import deep_triton
 
-    monkeypatch.setattr(triton_deep_write, "STACKS", 1)
+    monkeypatch.setattr(deep_triton, "STACKS", 1)
     op, draw = write_of("resumed")
     compare(op, draw(True), (0, 1, 2), torch.float32)
 

@@ -104,10 +104,10 @@ def test_triton(case, carry, dtype):
 @pytest.mark.parametrize("width", [32, 37])
 def test_triton_in_pieces(width, carry, monkeypatch):
     """A segment that is longer than a unit is cut into pieces."""
-    from mc_transformers.kernels.write import linear_triton as triton_linear_write
+    from mc_transformers.kernels.write import linear_triton
 
-    monkeypatch.setattr(triton_linear_write, "LONGEST", 16)
-    monkeypatch.setattr(triton_linear_write, "PIECE", 16)
+    monkeypatch.setattr(linear_triton, "LONGEST", 16)
+    monkeypatch.setattr(linear_triton, "PIECE", 16)
     inputs = write_inputs(num=3, width=width, heads=1, starts=carry)
     compare(lambda *x, backend: linear_write(*x, carry, backend), inputs, (0, 1, 2), torch.float32)
 

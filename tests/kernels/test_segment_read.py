@@ -90,10 +90,10 @@ def test_triton(case, function, dtype):
 @pytest.mark.parametrize("case", ["plain", "packed", "sub-blocks"])
 def test_triton_block_by_block(case, monkeypatch):
     """The same with gates of one query segment at a time in the backward."""
-    from mc_transformers.kernels.read import gates_triton as triton_gates
+    from mc_transformers.kernels.read import gates_triton
 
-    monkeypatch.setattr(triton_gates, "ELEMENTS", 1)
-    monkeypatch.setattr(triton_gates, "PROGRAMS", 0)
+    monkeypatch.setattr(gates_triton, "ELEMENTS", 1)
+    monkeypatch.setattr(gates_triton, "PROGRAMS", 0)
     inputs = read_inputs(**READS[case])
     compare(lambda *x, backend: segment_read(*x, "softmax", backend), inputs, (0, 1), torch.float32)
 

@@ -169,11 +169,10 @@ STATES = {
 @pytest.fixture
 def launches(monkeypatch) -> dict[str, int]:
     """How often each of the two kernels ran."""
-    from mc_transformers.kernels.step import slot_triton as triton_slot_write
-    from mc_transformers.kernels.step import state_triton as triton_state_step
+    from mc_transformers.kernels.step import slot_triton, state_triton
 
     counts = {}
-    for name, module in {"state_step": triton_state_step, "slot_write": triton_slot_write}.items():
+    for name, module in {"state_step": state_triton, "slot_write": slot_triton}.items():
         forward = module.forward
         counts[name] = 0
 
