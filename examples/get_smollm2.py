@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         print("get_smollm2: interrupted; the same command goes on", file=sys.stderr)
         return 130
     except Exception as error:
-        print(f"get_smollm2: error: {one_line(error)}", file=sys.stderr)
+        print(f"get_smollm2: error: {one_line(error, args.output)}", file=sys.stderr)
         return 1
     return 0
 
