@@ -191,7 +191,10 @@ class MCCache(DynamicCache):
                 parts = layer.tensors
                 about = {"signature": layer.signature, "num_tokens": int(layer.num_tokens)}
             else:
-                parts = {"keys": layer.keys, "values": layer.values}
+                stays = (
+                    slice(-layer.sliding_window + 1, None) if layer.is_sliding else slice(None)
+                )  # not what is recorded
+                parts = {"keys": layer.keys[:, :, stays], "values": layer.values[:, :, stays]}
                 about = {"cumulative_length": int(getattr(layer, "cumulative_length", 0))}
             tensors |= {f"{index}.{name}": tensor for name, tensor in parts.items()}
             layers.append(about)

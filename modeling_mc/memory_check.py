@@ -43,7 +43,7 @@ def check_description(meta: dict, found: Described, model: nn.Module, layers: li
             _check_signature(index, about[index], mixer)
             wanted = _of_memory(mixer, model.dtype, layer, rows, num_tokens, here)
         else:
-            wanted = _of_attention(index, about[index], model.config, layer, rows, num_tokens, here)
+            wanted = _of_attention(model.config, layer, rows, num_tokens)
         expected |= {prefix + name: x for name, x in wanted.items()}
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"tensor {missing[0]!r} is missing")
@@ -116,15 +116,11 @@ def _of_memory(
     return expected
 
 
-def _of_attention(index: int, about: dict, config, layer, rows: int, num_tokens: int, found: Described) -> Expected:
+def _of_attention(config, layer, rows: int, num_tokens: int) -> Expected:
     length = num_tokens
-    if hasattr(layer, "cumulative_length"):
-        length = min(num_tokens, layer.sliding_window - 1)
-        shape = found.get("keys", (None, ()))[1]
-        if len(shape) == 4 and length < shape[2] <= num_tokens:  # more is kept while drafts are recorded
-            length = shape[2]
-    shape = (rows, config.num_key_value_heads, length, config.head_dim)
-    return dict.fromkeys(("keys", "values"), (FLOATS, shape))
+    if layer.is_sliding:
+        length = len(range(num_tokens)[-layer.sliding_window + 1 :])
+    return dict.fromkeys(("keys", "values"), (FLOATS, (rows, config.num_key_value_heads, length, config.head_dim)))
 
 
 def check_values(tensors: dict[str, torch.Tensor], num_tokens: int, borders: Borders) -> None:
