@@ -1,4 +1,5 @@
-"""Draws the pictures of README.md and docs/ into docs/images. Curves are formulas; nothing in them is measured.
+"""Draws the pictures of README.md and docs/ into docs/images. Curves are formulas; nothing in them is measured,
+but in the picture of gates, which a shipped checkpoint makes.
 
 Run: python docs/draw.py
 """
@@ -6,6 +7,7 @@ Run: python docs/draw.py
 from pathlib import Path
 
 import matplotlib
+import torch
 
 
 matplotlib.use("Agg")
@@ -179,11 +181,23 @@ def cost() -> plt.Figure:
     return figure
 
 
+def gates() -> plt.Figure:
+    """What the shipped recall checkpoint reads; concepts.md shows this code."""
+    import mc_transformers as mc
+
+    torch.manual_seed(0)
+    keys, values = torch.randperm(63)[:16] + 1, torch.randperm(64)[:16] + 64
+    asked = torch.stack([keys[torch.randperm(16)], torch.randint(64, 128, (16,))], 1)
+    ids = torch.cat([torch.stack([keys, values], 1), asked]).view(1, 64)
+    model = mc.MCForCausalLM.from_pretrained(Path(__file__).parents[1] / "model_cards" / "checkpoints" / "recall")
+    return mc.plot_gates(mc.read_gates(model, ids)[0])
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for draw in (overview, reads, cost):
+    for draw in (overview, reads, cost, gates):
         figure = draw()
-        figure.set_layout_engine("tight" if draw is not reads else "constrained")
+        figure.set_layout_engine("constrained" if draw in (reads, gates) else "tight")
         figure.savefig(FOLDER / f"{draw.__name__}.png", dpi=110 if draw is overview else 100)
 
 
