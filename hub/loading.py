@@ -113,6 +113,8 @@ def load_model(
     try:
         if not quantised:
             _check_weights(name, revision)
+        for file in _fetch(name, ["generation_config.json"], revision):
+            read_json(file)
         model, report = HEADS[head].from_pretrained(
             name,
             config=config,

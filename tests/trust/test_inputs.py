@@ -246,6 +246,12 @@ CONTENTS = st.one_of(
 )
 
 
+def test_a_damaged_generation_config_is_named(copy, tmp_path):
+    (copy / "generation_config.json").write_text("[1]")
+    for name in ("generate", "convert", "bundle"):
+        assert "generation_config.json does not hold a dictionary" in call(name, copy, tmp_path / "out")
+
+
 @given(data=st.data())
 def test_any_damaged_file_ends_in_one_line(checkpoint, tmp_path_factory, data):
     folder = Path(shutil.copytree(checkpoint, tmp_path_factory.mktemp("damaged") / "model"))
