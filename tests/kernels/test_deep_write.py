@@ -105,14 +105,14 @@ def write_inputs(
     ]
 
 
-def write_of(case: str):
+def write_of(case: str, **other_sizes):
     """The op of one case with its non-empty outputs, and how to draw inputs."""
     fields, loss, read = WRITES[case]
 
     def op(*inputs, backend):
         return tuple(x for x in deep_write(*inputs, loss=loss, read=read, backend=backend) if x.numel())
 
-    return op, lambda norm: write_inputs(norm, read, **fields)
+    return op, lambda norm: write_inputs(norm, read, **fields | other_sizes)
 
 
 @with_triton
@@ -126,8 +126,7 @@ def test_triton(case, norm):
 
 
 @with_triton
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", ["titans", "second-map"])
+@pytest.mark.parametrize("case, dtype", [("titans", torch.bfloat16), ("second-map", torch.float16)], ids=str)
 def test_triton_half(case, dtype):
     op, draw = write_of(case)
     compare(op, draw(True), (0, 1, 2), dtype)
@@ -139,7 +138,7 @@ def test_triton_some_rows_at_a_time(monkeypatch):
     from mc_transformers.kernels.write import deep_triton
 
     monkeypatch.setattr(deep_triton, "STACKS", 1)
-    op, draw = write_of("resumed")
+    op, draw = write_of("resumed", heads=1)
     compare(op, draw(True), (0, 1, 2), torch.float32)
 
 
@@ -147,7 +146,7 @@ def test_triton_some_rows_at_a_time(monkeypatch):
 def test_triton_without_the_gradients_of_ends():
     """Those of ends that nothing used are not there."""
     _, loss, read = WRITES["resumed"]
-    inputs = write_of("resumed")[1](True)
+    inputs = write_of("resumed", heads=1)[1](True)
     found = []
     for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
         given = leaves(to_dtype(inputs, dtype))

@@ -7,7 +7,19 @@ import torch
 
 from helpers import assert_close, with_triton
 from mc_transformers.kernels.write.linear import linear_write, linear_write_op
-from op_inputs import DTYPES, WRITES, check, check_low_precision, compare, leaves, rms_ratio, to_dtype, write_inputs
+from op_inputs import (
+    BFLOAT,
+    HALF,
+    SINGLE,
+    WRITES,
+    check,
+    check_low_precision,
+    compare,
+    leaves,
+    rms_ratio,
+    to_dtype,
+    write_inputs,
+)
 
 
 def naive_write(q, k, v, log_decay, initial, starts, carry):
@@ -90,9 +102,15 @@ TRITON_WRITES = {
 
 
 @with_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize("case", TRITON_WRITES)
+@pytest.mark.parametrize(
+    "case, carry, dtype",
+    [
+        *((case, carry, SINGLE) for case in TRITON_WRITES for carry in (False, True)),
+        *((case, True, BFLOAT) for case in TRITON_WRITES),
+        *((case, False, dtype) for case in ("starts", "wide-keys") for dtype in (HALF, BFLOAT)),
+    ],
+    ids=str,
+)
 def test_triton(case, carry, dtype):
     compare(
         lambda *x, backend: linear_write(*x, carry, backend), write_inputs(**TRITON_WRITES[case]), (0, 1, 2), dtype

@@ -44,28 +44,31 @@ def compare_models(config: MCConfig, length: int = 27) -> None:
 
 
 MODELS = {
-    "grm": {"aggregation": "grm"},
-    "ssc": {"aggregation": "ssc"},
-    "none": {"aggregation": "none"},
-    "checkpoint": {"aggregation": "grm", "state_init": "checkpoint"},
-    "logarithmic": {"aggregation": "grm", "segmentation": "logarithmic"},
-    "sub-blocks": {"aggregation": "soup", "gate_function": "sigmoid", "summaries_per_segment": 2},
+    "grm": ("linear", {}),
+    "ssc": ("swla", {"aggregation": "ssc"}),
+    "none": ("swla", {"aggregation": "none"}),
+    "checkpoint": ("swla", {"state_init": "checkpoint"}),
+    "logarithmic": ("linear", {"segmentation": "logarithmic"}),
+    "sub-blocks": ("linear", {"aggregation": "soup", "gate_function": "sigmoid", "summaries_per_segment": 2}),
+    "relu": ("gated_linear", {"gate_function": "relu"}),
+}
+DEEP_MODELS = {
+    "checkpoint": ("titans", {"state_init": "checkpoint"}),
+    "sub-blocks": ("dla", MODELS["sub-blocks"][1]),
+    "ssc": ("titans", {"aggregation": "ssc"}),
 }
 
 
 @pytest.mark.parametrize("case", MODELS)
-@pytest.mark.parametrize("memory", ["linear", "swla"])
-def test_training_and_generation(memory, case):
-    compare_models(small_config(memory, **MODELS[case]))
+def test_training_and_generation(case):
+    memory, fields = MODELS[case]
+    compare_models(small_config(memory, **{"aggregation": "grm"} | fields))
 
 
-def test_training_and_generation_with_relu_gates():
-    compare_models(small_config("gated_linear", gate_function="relu"))
-
-
-@pytest.mark.parametrize(("memory", "case"), [("titans", "checkpoint"), ("dla", "sub-blocks"), ("titans", "ssc")])
-def test_training_and_generation_with_deep_memories(memory, case):
-    compare_models(small_config(memory, num_attention_heads=1, **MODELS[case]), length=17)
+@pytest.mark.parametrize("case", DEEP_MODELS)
+def test_training_and_generation_with_deep_memories(case):
+    memory, fields = DEEP_MODELS[case]
+    compare_models(small_config(memory, num_attention_heads=1, **{"aggregation": "grm"} | fields), length=17)
 
 
 def test_one_graph():
