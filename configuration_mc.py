@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
+from .modeling_mc.limits import CHOICES, LARGEST, POSITIVE
 from .modeling_mc.memories import MEMORIES
 
 
@@ -22,62 +23,6 @@ LAYER_TYPES = (LAYER_TYPE, "full_attention", "sliding_attention")
 # What `layer_types` is called in a config.json. Where this class is not known Transformers reads the file as a bare
 # `PreTrainedConfig`, to find the tokenizer for example, and that refuses `layer_types` which are not on its own list.
 LAYER_TYPES_IN_FILES = "mc_layer_types"
-CHOICES = {
-    "aggregation": ("none", "residual", "grm", "soup", "ssc", "mean"),
-    "segmentation": ("constant", "logarithmic"),
-    "state_init": ("independent", "checkpoint"),
-    "online_memory": ("segment", "running"),
-    "cached_answers": ("mixed", "added"),
-    "vector_read": ("multiply", "add"),
-    "gate_source": ("projection", "query"),
-    "segment_summary": ("keys", "hidden", "position"),
-    "cache_eviction": ("oldest", "least_read"),
-    "route_sharing": ("layer", "model"),
-    "gate_form": ("sigmoid", "step"),
-    "output_norm": ("head", "gated", "none"),
-    "rope": ("attention", "all", "none"),
-    "attention": ("llama", "qwen3", "olmo_hybrid", "qwen3_next"),
-    "attention_norm": ("pre", "post"),
-    "mc_backend": ("auto", "triton", "torch", "reference"),
-}
-POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_memory_heads",
-    "num_key_heads",
-    "key_head_dim",
-    "value_head_dim",
-    "max_position_embeddings",
-    "segment_size",
-    "num_selected_segments",
-    "summaries_per_segment",
-    "memory_chunk_size",
-    "memory_expansion",
-    "sliding_window",
-    "max_cached_segments",
-)
-# Far above any model, and low enough that what a damaged file asks for is refused before anything is built of it.
-LARGEST = {
-    "num_hidden_layers": 2**10,
-    "summaries_per_segment": 2**12,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "num_memory_heads": 2**14,
-    "num_key_heads": 2**14,
-    "head_dim": 2**14,
-    "key_head_dim": 2**14,
-    "value_head_dim": 2**14,
-    "hidden_size": 2**18,
-    "intermediate_size": 2**22,
-    "vocab_size": 2**26,
-    "conv_kernel_size": 2**10,
-    "memory_expansion": 2**10,
-    "memory_chunk_size": 2**20,
-}
 LONGEST_VALUE = 200  # characters of a value in a message
 PRESETS = Path(__file__).parent / "model_cards" / "presets"
 
