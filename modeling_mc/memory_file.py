@@ -47,7 +47,9 @@ def write(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], meta: 
     # a folder, because safetensors writes under a temporary name of its own first
     temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=directory))
     try:
-        contiguous = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+        contiguous = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         meta = {**meta, "version": FORMAT}
         meta["checksum"] = _checksum(contiguous, meta)
         try:
