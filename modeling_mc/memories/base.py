@@ -11,14 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ...kernels.read.gates import token_gates
-from ...kernels.read.segment import segment_read
-from ...kernels.read.selected import segment_route
 from ...kernels.shared.ops import compute_dtype
 from ..segments import SegmentTable
-
-
-State = tuple[torch.Tensor, ...]
+from .reads import Reads, State, mix_answers
 
 
 @dataclass
@@ -38,20 +33,6 @@ class Trace:
     def read_map(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The online memory's linear map number `index` alone, on one input per slot `[R, N, W, H, *]`."""
         raise NotImplementedError
-
-
-def mix_answers(
-    past: torch.Tensor, online_gate: torch.Tensor, online: torch.Tensor, scale: torch.Tensor | None
-) -> torch.Tensor:
-    """The answer of a token from the weighed answers of finished segments and the online one, `[..., H, dv]`.
-
-    Args:
-        online_gate: `[..., H]` (eq. 9). scale: `[H]`, cached_answers="added": what the cached answers are multiplied
-            with before they are added, and the online answer counts as it is; None = eq. 9.
-    """
-    if scale is None:
-        return past + online_gate[..., None].to(past.dtype) * online
-    return online + scale[:, None].to(past.dtype) * past
 
 
 class Bias(nn.Module):
@@ -87,7 +68,7 @@ class Bias(nn.Module):
         return self.bias.to(dtype, copy=True)  # the parameter itself may be freed after the call
 
 
-class Memory(nn.Module):
+class Memory(Reads):
     """A write rule. Its state is a tuple of tensors `[num, H, ...]` in fp32 (float64 for float64 inputs).
 
     A subclass **must** have `initial_state`, `step` and `read`: the rule token by token, which is decoding and the
@@ -216,14 +197,6 @@ class Memory(nn.Module):
         own: `History.push` may overwrite them."""
         raise NotImplementedError
 
-    def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
-        """M(q) `[..., H, dv]` of states `[..., H, ...]` for queries `[..., H, dk]` that broadcast against them."""
-        raise NotImplementedError
-
-    def read_cached(self, state: State, q: torch.Tensor) -> torch.Tensor:
-        """The same of a finished segment's memory, for memories that answer differently then (`own_gates`)."""
-        return self.read(state, q)
-
     def write_running(self, q, k, v, gates, table: SegmentTable, running: State | None, state: State | None) -> Trace:
         """Write a grid into a memory that never starts anew and, apart from it, into those of its segments.
 
@@ -239,62 +212,5 @@ class Memory(nn.Module):
         trace.segment_ends = self.write(q, k, v, gates, table, state, False).ends
         return trace
 
-    def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function, scale=None):
-        """Answers of one token per row from its running state and the kept ones, and the slots that were read; see
-        `kernels.step.decode`. online: the leading tensors of the running state. kept: `Kept` of storage.py. scale: see
-        `mix_answers`."""
-        answer = self.read(online, q)
-        q = answer if self.own_gates else q
-        gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
-        states = kept.all() if index is None else kept.chosen(index)
-        past = torch.einsum("bhs,bshv->bhv", gates, self.read_cached(states, q[:, None]))
-        return mix_answers(past, online_gate, answer, scale), index
 
-    def token_soup(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
-        """Memory Soup for one token per row, eq. 15 letter by letter: answers of one set of mixed parameters per row.
-        Args: as in `token_read`."""
-        gates, online_gate, _ = token_gates(u, online_logit, summaries, visible, index, top_k, function)
-        mixed = tuple(
-            (gates[..., None] * past.transpose(1, 2).flatten(3)).sum(2).view_as(now)
-            + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
-            for past, now in zip(kept.all(), online, strict=False)
-        )
-        return self.read(mixed, q)
-
-    def map_read(self, index: int, x, u, states, summaries, online_logit, birth, first, function):
-        """The part of finished segments in a soup's linear map number `index`, and the online gate; see
-        `kernels.read.segment`. x: the map's inputs."""
-        gating = (summaries, online_logit, birth, first, function)
-        return segment_read(x, u, states[index], *gating, self.config.mc_backend)
-
-    def route(self, u, summaries, birth, first, top_k):
-        """The finished segments that tokens choose (eq. 16), see `kernels.read.selected`."""
-        return segment_route(u, summaries, birth, first, top_k, self.config.mc_backend)
-
-    def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
-        """The pointwise function after map number `index` (soup of memories with several maps)."""
-        raise NotImplementedError
-
-    def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        """M(q) from the last map's output r (soup of memories with several maps)."""
-        raise NotImplementedError
-
-    def soup_read(self, q, u, online, states, summaries, online_logit, birth, first, function):
-        """The answer of states mixed token by token (eq. 15); as `gated_read`, and online: the leading tensors of the
-        online states `[R, N, W, H, ...]`."""
-        raise NotImplementedError
-
-    def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
-        """GRM's past part and online gate, see `kernels.read.segment`; states is the cached part of the state."""
-        raise NotImplementedError
-
-    def selected_read(self, q, weights, states, index):
-        """Weighted sum over chosen memories, see `kernels.read.selected`."""
-        raise NotImplementedError
-
-    def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
-        """Sum of the answers of all visible memories; visible `[R, N, S]` bool (eq. 7)."""
-        raise NotImplementedError
-
-
-__all__ = ["Bias", "Memory", "State", "Trace", "compute_dtype"]
+__all__ = ["Bias", "Memory", "State", "Trace", "compute_dtype", "mix_answers"]
