@@ -37,7 +37,9 @@ docs: $(DOCS_STAMP)
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --no-cache
+	# it takes the names of modules from the names of folders, and the clone may have any
+	mkdir -p build/lint && ln -sfn $(CURDIR) build/lint/mc_transformers
+	PYTHONPATH=$(CURDIR)/build/lint $(BIN)/lint-imports --no-cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
