@@ -151,6 +151,16 @@ class MCCache(DynamicCache):
             "attention_mask": nn.functional.pad(attention_mask, (missing, 0), value=1),
         }
 
+    def reset(self) -> None:
+        """Forget everything, attention layers' keys and values too, which some versions of Transformers only zero."""
+        super().reset()
+        for layer in self.layers:
+            if not is_memory_layer(layer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = 0
+
     def _check_whole(self) -> None:
         """Refuse a cache that a forward has left half-written, or is writing into."""
         if (transaction := transaction_of(self)) is not None:
