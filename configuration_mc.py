@@ -125,7 +125,8 @@ class MCConfig(PreTrainedConfig):
         memory_decay (`bool`, defaults to `False`): a learned decay of "dla" memories (which eq. 30 does not have).
         memory_head_norm (`bool`, defaults to `True`): M(x) = x + LN(W1 gelu(W2 x)) (True) or x + W1 gelu(W2 x).
         vector_read (`str`, defaults to `"multiply"`): how a vector memory ("lstm", "gru") is read: "multiply" (q * h,
-            eq. 18-20) or "add" (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)).
+            eq. 18-20) or "add" (y_t = h_t + sum of cached h_i under elementwise gates sigmoid(W [h_t, h_i] + b)); with
+            "ssc", "add_weighted" weighs what was chosen by eq. 9 as well, so that the choice learns.
         allow_negative_eigenvalues (`bool`, defaults to `False`): write strengths of "gated_delta" in [0, 2] and not in
             [0, 1].
         conv_kernel_size (`int`, defaults to `4`): width of the causal depthwise convolution (with SiLU) on q, k and v;
@@ -411,7 +412,7 @@ class MCConfig(PreTrainedConfig):
         """Every projection is split over the ranks; the recurrence and attention itself run on all of them alike."""
         names = []
         if LAYER_TYPE in self.layer_types:
-            own_gates = self.vector_read == "add" and self.aggregation != "ssc"
+            own_gates = self.vector_read != "multiply" and self.aggregation != "ssc"
             gated = self.aggregation in ("grm", "soup", "ssc") and self.gate_source == "projection" and not own_gates
             optional = ["u"] * gated + ["g"] * self.use_output_gate
             asks = self.vector_read == "multiply" or (self.aggregation == "ssc" and self.gate_source == "query")

@@ -20,7 +20,8 @@ class Aggregation:
 
     def __init__(self, config, memory: Memory) -> None:
         self.kind = config.aggregation
-        self.gate_function = CONSTANT if memory.own_gates else config.gate_function
+        constant = memory.own_gates and not memory.weighs_choice
+        self.gate_function = CONSTANT if constant else config.gate_function
         self.top_k, self.memory = config.num_selected_segments, memory  # a schedule changes top_k in training
         self.shares_routes = config.route_sharing == "model"
         self.uses_cache = self.kind != "none"

@@ -7,7 +7,7 @@ CHOICES = {
     "state_init": ("independent", "checkpoint"),
     "online_memory": ("segment", "running"),
     "cached_answers": ("mixed", "added"),
-    "vector_read": ("multiply", "add"),
+    "vector_read": ("multiply", "add", "add_weighted"),
     "gate_source": ("projection", "query"),
     "segment_summary": ("keys", "hidden", "position"),
     "cache_eviction": ("oldest", "least_read"),

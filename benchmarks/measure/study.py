@@ -139,6 +139,29 @@ def vectors() -> list[Cell]:
     ]
 
 
+def cells() -> list[Cell]:
+    """LSTM and GRU with caching whose answers are added and start at nothing: text, and the recall of `vectors`."""
+    added = {"vector_read": "add", "state_init": "checkpoint"}
+    closed = added | {"cached_answers": "added"}
+    rules = {
+        "none": ("none", added),
+        "residual": ("residual", closed),
+        "grm": ("grm", closed),
+        "ssc": ("ssc", closed),
+        "ssc, weighed": ("ssc", closed | {"vector_read": "add_weighted"}),
+    }
+    text = {"memory": "lstm", "train_length": 1024, "batch": 4, "segment_size": 128}
+    easy = RECALL | {"seq_len": 64, "vocab": 32, "width": 64, "batch": 32, "random_non_queries": False}
+    found = []
+    for name, (rule, options) in rules.items():
+        read = {"aggregation": rule, "options": json.dumps(options)}
+        found.append(Cell(f"language: lstm {name}", "language", text | read, (4e-3,)))
+        for memory, pairs in (("gru", 4), ("lstm", 2)):
+            settings = easy | {"memory": memory, "pairs": pairs} | read
+            found.append(Cell(f"recall: {memory} {name}", "recall", settings, (5e-3,)))
+    return found
+
+
 def ablations() -> list[Cell]:
     """One thing changed at a time in the GRM and SSC of a linear memory, on the task of `mqar`."""
     changes = {
@@ -304,6 +327,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
         mqar_64,
         mqar_256,
         vectors,
+        cells,
         ablations,
         needle,
         language,

@@ -95,6 +95,7 @@ class Memory(Reads):
             `finish` connect them. 0: the read is something else, and `soup_read` mixes states.
         own_gates: the memory weighs its cached answers itself, by the online answer: the read rule sums them, all or
             the chosen ones, and reads them with the online answer in the place of the query.
+        weighs_choice: with `own_gates`, that chosen answers have the gates of the read rule besides.
         reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
         has_triton: whether every op of the memory has a Triton kernel.
         own_fields: fields of the config that only this memory, and others that name them too, may change.
@@ -105,6 +106,7 @@ class Memory(Reads):
     num_read = 1
     num_maps = 1
     own_gates = False
+    weighs_choice = False
     reads_query = True
     has_triton = False
     own_fields: tuple[str, ...] = ()

@@ -2,13 +2,15 @@
 """Vector memories: the state of a classic recurrent cell, cached per segment like any other memory.
 
 One fused cell runs over all heads: its input at token t is (k_t, v_t) of all heads, its output h_t `[H * d]` is cut
-into heads. Two reads (`vector_read`):
+into heads. Three reads (`vector_read`):
 
     "multiply"  M(q) = q * h, elementwise (eq. 18-20); aggregations as for every other memory, soup is GRM.
     "add"       y_t = h_t + sum_i g_ti * h_i with g_ti = sigmoid(A h_t + B h_i + b), elementwise, A and B per head,
                 over all finished segments (grm, soup) or the k best (ssc); residual has g = 1, mean takes the mean.
                 The query has no part in it and no projection. With ssc nothing passes a gradient to the projection
                 that scores segments: it stays as it starts (DistributedDataParallel: find_unused_parameters=True).
+    "add_weighted"  with ssc: y_t = c_t h_t + sum of c_ti g_ti * h_i over the k best, c the gates of eq. 9 of what was
+                chosen and of the online memory: the projection that scores segments learns by them.
 """
 
 import torch
@@ -94,6 +96,7 @@ class VectorMemory(Memory):
         self.cell = Cell(inputs, self.num_heads * self.value_dim, self.cell_gates) if cell is None else cell
         self.multiplies = self.reads_query = config.vector_read == "multiply"
         self.own_gates = not self.multiplies and config.aggregation in ("grm", "soup", "ssc")
+        self.weighs_choice = config.vector_read == "add_weighted"
         if self.own_gates:
             self.read_gate = ReadGate(self.num_heads, self.value_dim, config.initializer_range)
 
@@ -102,6 +105,8 @@ class VectorMemory(Memory):
         cls.check_square(config)
         if config.vector_read == "add" and config.online_gate_bias is not None:
             config.refuse("online_gate_bias", "None with vector_read='add', whose gates belong to the memory")
+        if config.vector_read == "add_weighted" and config.aggregation != "ssc":
+            config.refuse("vector_read", "'multiply' or 'add' unless aggregation is 'ssc'")
 
     def init_weights(self) -> None:
         for part in self.children():

@@ -52,6 +52,7 @@ MORE = {
     "least_read": {"max_cached_segments": 2, "cache_eviction": "least_read"},
     "shared": {"route_sharing": "model", "num_hidden_layers": 2},
     "chosen": {"memory": "lstm", "vector_read": "add"},
+    "weighed": {"memory": "lstm", "vector_read": "add_weighted"},
 }
 
 

@@ -121,6 +121,7 @@ OPTIONS = {
         for who in CHOICES["cache_eviction"]
         for kind in ("grm", "ssc")
     },
+    "vector-add-weighted": {"vector_read": "add_weighted", "aggregation": "ssc"},
     **{
         f"vector-add-{kind}": {"vector_read": "add", "aggregation": kind}
         for kind in CHOICES["aggregation"]

@@ -28,6 +28,7 @@ MEMORIES = [
     {"memory": "titans"},
     {"memory": "gru"},
     {"memory": "gru", "vector_read": "add"},
+    {"memory": "gru", "vector_read": "add_weighted"},
 ]
 EVERY = [memory | rule for memory in MEMORIES for rule in RULES if accepts(**memory | rule)]
 

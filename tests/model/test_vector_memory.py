@@ -7,7 +7,7 @@ import torch
 from test_equations import check as check_against_reference
 from torch import nn
 
-from helpers import assert_close, build, family, name_of, randn, small_config, tokens
+from helpers import accepts, assert_close, build, family, name_of, randn, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.aggregation import Aggregation
@@ -158,8 +158,8 @@ def test_compiled_in_one_piece(kind):
 
 # -------------------------------------------------------------------------------------------------------- the reads
 def read_equations(memory, config, q, u, online, logit, caches):
-    """y_t of both reads, one token, head and memory after the other."""
-    (h,), add = caches.states, config.vector_read == "add"
+    """y_t of every read, one token, head and memory after the other."""
+    (h,), add = caches.states, config.vector_read != "multiply"
     out = torch.zeros_like(online)
     for r, n, w, head in itertools.product(*(range(size) for size in online.shape[:-1])):
         at = (r, n, w, head)
@@ -172,6 +172,10 @@ def read_equations(memory, config, q, u, online, logit, caches):
             half = memory.read_gate.weight[head].chunk(2, -1)
             gates = [(half[0] @ now + half[1] @ x + memory.read_gate.bias[head]).sigmoid() for x in memories]
             own = 1.0
+            if config.vector_read == "add_weighted":
+                logits = torch.stack([*(torch.tensor(score[i], dtype=u.dtype) for i in seen), logit[at]])
+                *weights, own = logits.softmax(0)
+                gates = [w * g for w, g in zip(weights, gates, strict=True)]
         elif config.aggregation in ("residual", "mean"):
             share = 1 / (len(seen) + 1) if config.aggregation == "mean" else 1.0
             gates, own = [share] * len(seen), share
@@ -186,6 +190,8 @@ def read_equations(memory, config, q, u, online, logit, caches):
 @pytest.mark.parametrize("read", CHOICES["vector_read"])
 @pytest.mark.parametrize("aggregation", [name for name in CHOICES["aggregation"] if name != "none"])
 def test_reads_against_their_equations(aggregation, read):
+    if not accepts(memory="gru", vector_read=read, aggregation=aggregation):
+        pytest.skip("the config refuses it")
     rows, num, slots, cached = 2, 3, 4, 2
     memory = memory_of("gru", vector_read=read, aggregation=aggregation)
     config = small_config("gru", vector_read=read, aggregation=aggregation)
@@ -205,6 +211,7 @@ ADD = [
     *family(memory=["lstm"], vector_read=["add"]),
     *family(memory=["gru"], vector_read=["add"], aggregation=["grm", "ssc"]),
     {"memory": "gru", "vector_read": "add", "aggregation": "ssc", "gate_source": "query"},
+    {"memory": "lstm", "vector_read": "add_weighted", "aggregation": "ssc"},
 ]
 
 
@@ -244,6 +251,13 @@ def test_addition_trains_everything_but_the_choice(aggregation, source):
     assert without == {f"model.layers.0.mixer.{name}.weight" for name in scores if aggregation == "ssc"}
 
 
+def test_a_weighed_choice_trains_everything():
+    model = build(small_config("lstm", vector_read="add_weighted", aggregation="ssc"), dtype=torch.float64)
+    logits = model(tokens(2, 3 * SEGMENT + 5), use_cache=False).logits
+    gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+    assert all(grad.abs().max() > 1e-9 for grad in gradients)
+
+
 def test_the_other_read_refuses_the_cache():
     """Its cache may hold no summaries."""
     cache = build(small_config("lstm", vector_read="add"))(tokens(1, 9), use_cache=True)[CACHE_NAME]
@@ -260,5 +274,7 @@ def test_refused_configs():
         small_config("lstm", value_head_dim=6)
     with pytest.raises(ValueError, match="vector_read.*'add'.*'multiply'.*'linear'"):
         MCConfig(memory="linear", vector_read="add")
+    with pytest.raises(ValueError, match="vector_read.*'add_weighted'.*'multiply' or 'add'.*'ssc'"):
+        MCConfig(memory="lstm", vector_read="add_weighted", aggregation="grm")
     with pytest.raises(ValueError, match="vector_read.*'concat'.*'multiply', 'add'"):
         MCConfig(memory="lstm", vector_read="concat")
