@@ -143,6 +143,15 @@ def without_caching(cell: str) -> str:
 
 def needle() -> list[str | Figure]:
     runs = read_runs("needle")
+    maps, table = needles(runs)
+    lengths = list(next(iter(next(run for run in runs if "heat" in run)["heat"].values())))
+    title = "Accuracy by length and place of the needle"
+    picture = Figure("needle", title, lambda axes: heat(axes, maps, lengths), height=2.4)
+    return [picture, table, origin("needle", runs)]
+
+
+def needles(runs: list[dict]) -> tuple[dict[str, list[list[float]]], str]:
+    """Accuracy by length and place of the cells of kind 2, and the table of all cells by length."""
     rows, maps = [], {}
     lengths = list(next(iter(next(run for run in runs if "heat" in run)["heat"].values())))
     for cell, group in sorted(by_cell(run_by_rule(runs, "heat")).items(), key=lambda pair: pair[0].split(", ")[::-1]):
@@ -152,10 +161,7 @@ def needle() -> list[str | Figure]:
         if cell.endswith(", 2"):
             by_place = [zip(*(run["heat"][n] for run in group), strict=True) for n in lengths]
             maps[cell] = [[statistics.mean(seeds) for seeds in places] for places in by_place]
-    title = "Accuracy by length and place of the needle"
-    head = ["read rule, kind", *(f"{n} tokens" for n in lengths), "seeds"]
-    picture = Figure("needle", title, lambda axes: heat(axes, maps, lengths), height=2.4)
-    return [picture, markdown(head, rows), origin("needle", runs)]
+    return maps, markdown(["read rule, kind", *(f"{n} tokens" for n in lengths), "seeds"], rows)
 
 
 def run_by_rule(runs: list[dict], field: str) -> list[dict]:
@@ -190,6 +196,56 @@ def language(study: str) -> list[str | Figure]:
         f"{statistics.median(errors):.2f}, much of it shared, as all models read the same files"
     )
     return [picture, markdown(head, rows), f"{origin(study, runs)} · {files}"]
+
+
+def by_task(study: str, control: str) -> list[str | Figure]:
+    """The tables of a study of several tasks, whose cells are called "task: cell" or "task kind: cell".
+
+    Args:
+        control: the cell of the language models with which the others of the same seed are compared.
+    """
+    runs, tasks = read_runs(study), {"recall": [], "needle": [], "language": []}
+    for run in runs:
+        task, _, cell = run["cell"].partition(": ")
+        task, *kind = task.split()
+        tasks[task].append(run | {"cell": ", ".join([cell, *kind])})
+    tables = {
+        "recall": recall_read_as,
+        "needle": lambda some: needles(some)[1],
+        "language": lambda some: far_language(some, control),
+    }
+    return [*(tables[task](some) for task, some in tasks.items() if some), origin(study, runs)]
+
+
+def recall_read_as(runs: list[dict]) -> str:
+    """Accuracy as trained, and of the same weights read with the k best memories."""
+    rows, found = [], {k: None for run in runs for k in run.get("read_as", ())}
+    for cell, group in by_cell(run for run in runs if "error" not in run).items():
+        by_k = {k: [run["read_as"][k] for run in group if k in run.get("read_as", ())] for k in found}
+        sparse = [spread(values) if values else "" for values in by_k.values()]
+        accuracy = [run["accuracy"] for run in group]
+        rows.append([cell, spread(accuracy), *sparse, f"{sum(a > LEARNED for a in accuracy)} of {len(group)}"])
+    return markdown(["recall", "accuracy", *(f"read as ssc, k = {k}" for k in found), "learned"], rows)
+
+
+def far_language(runs: list[dict], control: str) -> str:
+    """Loss by position; in the last range also on bytes that repeat what stood over a segment ago, and on others."""
+    cells = by_cell(run for run in runs if "error" not in run)
+    ranges = list(next(iter(next(run for run in runs if "losses" in run)["losses"].values())))
+    last = ranges[-1]
+
+    def value(kind: str, part: str) -> Callable[[dict], float]:
+        return lambda run: next(iter(run["losses"].values()))[part][kind]
+
+    rows = []
+    for cell, group in cells.items():
+        row = [cell, *(spread([value("nats", part)(run) for run in group]) for part in ranges)]
+        for kind in ("nats", "repeated", "new"):
+            of_control = by_seed(cells.get(control, []), value(kind, last))
+            row.append("" if cell == control else against(of_control, by_seed(group, value(kind, last))))
+        rows.append([*row, str(len(group))])
+    differences = [f"{last}, {kind} against {control!r}" for kind in ("all", "repeated", "other bytes")]
+    return markdown(["language", *(f"bytes {part}" for part in ranges), *differences, "seeds"], rows)
 
 
 def language_cost() -> list[str]:
@@ -283,6 +339,8 @@ PARTS: dict[str, Callable[[], list[str | Figure]]] = {
     "ablations": lambda: recall("ablations"),
     "vectors": lambda: recall("vectors", learning=False),
     "needle": needle,
+    "anchored": lambda: by_task("anchored", "closed"),
+    "cells": lambda: by_task("cells", "lstm none"),
     "language": lambda: language("language"),
     "language_1024": lambda: language("language_1024"),
     "language_8m": lambda: language("language_8m"),

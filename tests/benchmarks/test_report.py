@@ -80,5 +80,19 @@ def test_no_marker_is_wrong_and_no_study_is_hidden(results):
         report.main([])
 
 
+def test_a_study_of_several_tasks_is_compared_seed_by_seed(results, monkeypatch):
+    def losses(far: float, new: float) -> dict:
+        return {"losses": {"grm": {"0-8": {"nats": 2.0}, "8-16": {"nats": 1.5, "repeated": far, "new": new}}}}
+
+    write(results / "cells.jsonl", "language: lstm none", 0.1, 0, **losses(1.0, 2.0))
+    write(results / "cells.jsonl", "language: lstm grm", 0.1, 0, **losses(0.75, 2.125))
+    write(results / "cells.jsonl", "language: lstm grm", 0.1, 1, **losses(9.0, 9.0))
+    write(results / "cells.jsonl", "recall: gru ssc", 0.1, 0, accuracy=0.5, read_as={"1": 0.25})
+    write(results / "cells.jsonl", "recall: gru grm", 0.1, 0, error="RuntimeError: no")
+    text = "\n".join(map(str, tables.PARTS["cells"]()))
+    assert "| lstm grm | 2.000 ± 0.000 | 1.500 ± 0.000 | +0.000 [1] | -0.250 [1] | +0.125 [1] | 2 |" in text
+    assert "| gru ssc | 0.500 | 0.250 | 1 of 1 |" in text and "5 runs, 1 failed" in text
+
+
 def test_slope_is_the_exponent_of_a_power_law():
     assert tables.slope([(n, 3 * n**1.7) for n in (1, 2, 8)]) == pytest.approx(1.7)
