@@ -272,6 +272,23 @@ def anchored() -> list[Cell]:
     return cells + [Cell(f"language: {name}", "language", longer | x, (4e-3,)) for name, x in reads.items()]
 
 
+def quotes() -> list[Cell]:
+    """Text whose second half repeats the first, its pieces in another order: the far past tells what comes."""
+    running = {"online_memory": "running"}
+    reads = {
+        "closed": running | {"online_gate_bias": 30.0},
+        "grm": {},
+        "running, bias 4": running | {"online_gate_bias": 4.0},
+        "running, added": running | {"cached_answers": "added"},
+    }
+    longer = {"train_length": 1024, "batch": 4, "segment_size": 128, "aggregation": "grm", "quotes": 128}
+    longer |= {"steps": 1000, "eval_length": 2048}
+    return [
+        Cell(f"language: {name}", "language", longer | {"options": json.dumps(read)}, (4e-3,))
+        for name, read in reads.items()
+    ]
+
+
 def mqar_512() -> list[Cell]:
     """The largest published setting of the task (arXiv 2312.04927): 64 pairs in 512 tokens, width 64. For a GPU."""
     size = {
@@ -334,6 +351,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
         language_1024,
         language_8m,
         anchored,
+        quotes,
         mqar_512,
         language_30m,
     )

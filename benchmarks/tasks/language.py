@@ -51,6 +51,7 @@ class LanguageConfig(ExperimentConfig):
     eval_every: int = option(250, "steps between evaluations")
     train_length: int = option(256, "bytes per training sequence, T")
     eval_length: int = option(4096, "bytes of every held-out file, a power of two times T")
+    quotes: int = option(0, "bytes of the pieces that a sequence's second half repeats of its first; 0: plain text")
     also: list[str] = field(
         default_factory=list, metadata={"help": "rules to read the trained model with as well: mean, mean/checkpoint"}
     )
@@ -101,6 +102,23 @@ def far_repeats(documents: torch.Tensor, distance: int, n: int = 12) -> torch.Te
     return found
 
 
+def quoting(ids: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`[rows, length + 1]` ids, in which the second half is the first one, cut into pieces of `size` and shuffled.
+
+    Raises:
+        ValueError: half the length is no multiple of `size`.
+    """
+    half = (ids.shape[1] - 1) // 2
+    if half % size or 2 * half + 1 != ids.shape[1]:
+        raise ValueError(f"`quotes`={size}, allowed: what divides half the length, {half}")
+    rows = []
+    for row in ids:
+        pieces = row[:half].view(-1, size)
+        order = torch.randperm(len(pieces), generator=generator)
+        rows.append(torch.cat([row[:half], pieces[order].flatten(), row[-1:]]))
+    return torch.stack(rows)
+
+
 def read_otherwise(model: PreTrainedModel, rule: str, segment_size: int) -> PreTrainedModel:
     """The same weights under a read rule that needs none of its own: an aggregation, or aggregation/state_init."""
     aggregation, _, state_init = rule.partition("/")
@@ -117,13 +135,17 @@ def train_language(config: LanguageConfig, progress: bool = True) -> dict:
     tokenizer = byte_tokenizer()
     end = torch.tensor([tokenizer.eos_token_id])
     corpus = torch.cat([piece for text in texts for piece in (byte_ids(text), end)])
-    documents = torch.stack([byte_ids(text[: config.eval_length + 1]) for text in held_out]).to(config.device)
+    documents = torch.stack([byte_ids(text[: config.eval_length + 1]) for text in held_out])
     generator = torch.Generator().manual_seed(config.seed)
+    if config.quotes:
+        documents = quoting(documents, config.quotes, torch.Generator().manual_seed(0))
+    documents = documents.to(config.device)
     model = build_model(config, len(tokenizer), config.eval_length)
 
     def draw() -> tuple[torch.Tensor, torch.Tensor]:
         starts = torch.randint(len(corpus) - config.train_length, (config.batch, 1), generator=generator)
         ids = corpus[starts + torch.arange(config.train_length + 1)]
+        ids = quoting(ids, config.quotes, generator) if config.quotes else ids
         return ids[:, :-1], ids[:, 1:]
 
     @torch.no_grad()

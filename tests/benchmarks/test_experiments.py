@@ -7,7 +7,14 @@ import torch
 
 from benchmarks.measure import language_cost, study
 from benchmarks.tasks.experiment import build_model
-from benchmarks.tasks.language import LanguageConfig, far_repeats, position_losses, read_otherwise, train_language
+from benchmarks.tasks.language import (
+    LanguageConfig,
+    far_repeats,
+    position_losses,
+    quoting,
+    read_otherwise,
+    train_language,
+)
 from benchmarks.tasks.needle import ASK, FIRST_DIGIT, MARK, NeedleConfig, needle_batch, train_needle
 from benchmarks.tasks.recall import RecallConfig, train_recall
 
@@ -144,6 +151,15 @@ def test_bytes_that_repeat_what_is_far_back():
     # what follows "1 2 3" and "2 3 9" the second time, 6 bytes after the first; the third time comes after 4 bytes
     assert far[0].nonzero().flatten().tolist() == [8, 9]
     assert far_repeats(ids, distance=3, n=3)[0].nonzero().flatten().tolist() == [8, 9, 11, 12]
+
+
+def test_a_text_that_quotes_itself():
+    ids = torch.arange(2 * 17).view(2, 17)
+    quoted = quoting(ids, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(quoted[:, :8], ids[:, :8]) and torch.equal(quoted[:, 16], ids[:, 16])
+    assert torch.equal(quoted[:, 8:16].view(2, 2, 4).sort(1).values, ids[:, :8].view(2, 2, 4))
+    with pytest.raises(ValueError, match="`quotes`=3, allowed: what divides half the length, 8"):
+        quoting(ids, 3, torch.Generator())
 
 
 def test_dense_training_read_sparsely():
