@@ -15,6 +15,7 @@ from .modeling_mc.model import (
     MCModel,
     MCPreTrainedModel,
 )
+from .modeling_mc.prefix_store import PrefixStore
 from .modeling_mc.registration import register_auto_classes
 from .modeling_mc.rnn import CachedRNN, wrap_rnn
 from .modeling_mc.warmup import warmup
@@ -41,6 +42,7 @@ __all__ = [
     "MCModel",
     "MCPreTrainedModel",
     "MemoryCaching",
+    "PrefixStore",
     "byte_tokenizer",
     "make_cache",
     "plot_gates",

@@ -17,6 +17,7 @@ from .cache_layer import MCStaticCacheLayer as MCStaticCacheLayer  # pickles of 
 from .fingerprint import fingerprint, sampled_fingerprints
 from .memory_check import check_description, check_values, num_tokens_of
 from .memory_file import reading, write
+from .standing import NOTED, attention_at, check_stands, fill_attention, memory_at
 from .storage import Kept
 from .summary import Summary
 from .transaction import transaction_of
@@ -44,6 +45,8 @@ class MCCache(DynamicCache):
             device, and "ssc" fetches just the chosen states.
         state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
             (one scale per row of a state). Anything but None is an approximation.
+        keep_borders: note at every border what else it takes to stand there again (`at_segment`, `rewind`): tails of
+            convolutions, and running states that are not kept exactly.
         kwargs: of `DynamicCache`.
 
     Raises:
@@ -63,6 +66,7 @@ class MCCache(DynamicCache):
         *,
         offload_segments: bool = False,
         state_dtype: torch.dtype | None = None,
+        keep_borders: bool = False,
         **kwargs,
     ) -> None:
         if config is not None and not isinstance(config, PreTrainedConfig):
@@ -75,6 +79,7 @@ class MCCache(DynamicCache):
         for layer in self.memory_layers:
             layer.kept_dtype = state_dtype
             layer.kept_device = torch.device("cpu") if offload_segments else None
+            layer.keep_borders = keep_borders
 
     @property
     def memory_layers(self) -> list[MCCacheLayer]:
@@ -161,6 +166,64 @@ class MCCache(DynamicCache):
                 if hasattr(layer, "cumulative_length"):
                     layer.cumulative_length = 0
 
+    def at_segment(self, number: int) -> "MCCache":
+        """A cache that stands at a border of what was read: it goes on as if only the first `number` segments of every
+        row had been read, without padding. It shares the kept states with this one; neither changes the other.
+
+        Args:
+            number: from 0 (nothing was read) to the finished segments of the shortest row.
+
+        Raises:
+            ValueError: another number, a border that was not noted while it was passed (`keep_borders`), at which
+                forgotten segments or tokens of a sliding window could be read, padding beside attention layers, or a
+                model with logarithmic segments or cache_eviction="least_read".
+        """
+        model, borders, seen = self._standing()
+        mixers = {i: layer.mixer for i, layer in enumerate(model.layers) if hasattr(layer, "mixer")}
+        for mixer in mixers.values():
+            check_stands(mixer)
+        most = borders.finished(seen)
+        if type(number) is not int or not 0 <= number <= most:
+            raise ValueError(f"at_segment: `number`={number!r} is not valid, allowed: 0 to {most}")
+        if number and self._padded_attention(int(self.get_seq_length())):
+            raise ValueError("at_segment: attention layers have read padding, allowed: rows without, or `number`=0")
+        new = MCCache(config=model.config)
+        for index, (layer, fresh) in enumerate(zip(self.layers, new.layers, strict=True)):
+            for name in ("kept_dtype", "kept_device", "keep_borders", "record_past"):
+                if hasattr(fresh, name):
+                    setattr(fresh, name, getattr(layer, name))
+            if number and index in mixers:
+                memory_at(layer, fresh, mixers[index], number)
+            elif number:
+                attention_at(layer, fresh, borders.start(number))
+        new.filled_by = self.filled_by
+        return new
+
+    def rewind(self, tokens: int) -> int:
+        """Go back, in place, to the last border that is not behind the first `tokens` tokens of every row: a text that
+        differs from there on is read from there on, `model.generate(ids, cache=cache)`.
+
+        Returns:
+            how many tokens of every row this cache has read now.
+
+        Raises:
+            ValueError: fewer than 0 or more tokens than were read, or as `at_segment`.
+        """
+        _, borders, seen = self._standing()
+        if type(tokens) is not int or not 0 <= tokens <= seen:
+            raise ValueError(f"rewind: `tokens`={tokens!r} is not valid, allowed: 0 to {seen}")
+        self.layers = self.at_segment(borders.finished(tokens)).layers
+        return borders.start(borders.finished(tokens))
+
+    def _standing(self) -> tuple[nn.Module, Borders, int]:
+        """The model that filled this cache, its borders, and the real tokens of the shortest row."""
+        self._check_whole()
+        model = self.filled_by and self.filled_by()
+        if model is None:
+            raise ValueError("the model that filled this cache is no longer known, or nothing was read yet")
+        rows = [int(layer.position.min()) for layer in self.memory_layers if layer.is_initialized]
+        return model, Borders.of(model.config), min(rows, default=int(self.get_seq_length()))
+
     def _check_whole(self) -> None:
         """Refuse a cache that a forward has left half-written, or is writing into."""
         if (transaction := transaction_of(self)) is not None:
@@ -198,7 +261,7 @@ class MCCache(DynamicCache):
         tensors, layers = {}, []
         for index, layer in enumerate(self.layers):
             if is_memory_layer(layer):
-                parts = layer.tensors
+                parts = {name: x for name, x in layer.tensors.items() if not name.startswith(NOTED)}
                 about = {"signature": layer.signature, "num_tokens": int(layer.num_tokens)}
             else:
                 stays = (
@@ -248,10 +311,7 @@ class MCCache(DynamicCache):
                 layer.signature, layer.num_tokens = base.layers[index].mixer.cache_signature, about["num_tokens"]
                 layer.lazy_initialization(parts["state.0"])
             else:
-                layer.lazy_initialization(parts["keys"], parts["values"])
-                layer.keys, layer.values = parts["keys"], parts["values"]
-                if hasattr(layer, "cumulative_length"):
-                    layer.cumulative_length = about["cumulative_length"]
+                fill_attention(layer, parts["keys"], parts["values"], about.get("cumulative_length", 0))
         cache.filled_by = ModelRef(base)
         return cache
 

@@ -68,6 +68,7 @@ def own_layer(layer: "MCCacheLayer") -> "MCCacheLayer":
         new.__setstate__(vars(layer))
         return new
     new.kept_dtype, new.kept_device, new.record_past = layer.kept_dtype, layer.kept_device, layer.record_past
+    new.keep_borders = getattr(layer, "keep_borders", False)
     return new
 
 
@@ -95,6 +96,7 @@ class MCCacheLayer(CacheLayerMixin):
         kept_dtype, kept_device: see `Storage`.
         signature: what of a layer's config decides the shapes and meaning of its states.
         record_past, recorded: see `Rollback`.
+        keep_borders: note what else it takes to stand at a border again, in tensors `border.*` (`Slots.note`).
     """
 
     _layer_type: str | None = LAYER_TYPE
@@ -103,6 +105,7 @@ class MCCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keep_borders = False
 
     tensors = _held_by("storage", "tensors")
     num_tokens = _held_by("storage", "num_tokens")

@@ -18,6 +18,8 @@ from .storage import Kept
 class FenwickHistory(History):
     """Slot l holds the last finished segment of level l."""
 
+    stands = False
+
     def num_levels(self, num_tokens: int, running: bool) -> int:
         finished = self.borders.most_finished(num_tokens if running else num_tokens - 1)
         return max(1, finished.bit_length() + running)

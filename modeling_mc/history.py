@@ -81,6 +81,8 @@ class Slots:
     modulo S.
     """
 
+    stands = True  # whether what was held at a border can be told from what is held later
+
     def __init__(self, config, memory: Memory, carry: bool) -> None:
         self.memory, self.carry, self.borders = memory, carry, Borders.of(config)
         self.keeps = config.aggregation != "none"
@@ -141,6 +143,64 @@ class Slots:
         levels = self.num_levels(total, True)
         layer.storage.extend(("state.",), self.lead + levels, copy_last=True)
         layer.storage.extend(("sums",), levels, copy_last=True)
+
+    # ------------------------------------------------------------------------------------- standing at a border again
+    def note(
+        self,
+        layer: MCCacheLayer,
+        name: str,
+        values: torch.Tensor,
+        before: torch.Tensor,
+        after: torch.Tensor,
+        slots: int,
+    ) -> None:
+        """Keep in `border.NAME` `[B, S, ...]` what a layer held at the borders that are passed, a slot per segment.
+
+        Args:
+            values: `[B, N, ...]` at the ends of the next N segments of every row.
+            before, after: `[B]` int64, tokens that each row has written before and after this. slots: S.
+        """
+        first, last = self.borders.finished(before)[:, None], self.borders.finished(after)[:, None] - 1
+        if after.device.type == "cpu" and not bool((last >= first).any()):
+            return
+        name = f"border.{name}"
+        old = layer.tensors.get(name, values.new_empty(len(values), 0, *values.shape[2:]))
+        unknown = (len(old), max(0, slots - old.shape[1]), *old.shape[2:])
+        old = torch.cat([old, old.new_full(unknown, float("nan"))], 1)  # nobody stands at a border with NaN
+        slot = torch.arange(old.shape[1], device=old.device)
+        segment = last - (last - slot) % len(slot)  # the last finished one that belongs into this slot
+        row = torch.arange(len(old), device=old.device)[:, None]
+        new = values[row, (segment - first).clamp(0, values.shape[1] - 1)]
+        layer.storage.put(name, rows_where(segment >= first, new.to(old.dtype), old))
+
+    def _note_states(self, layer: MCCacheLayer, states: State, before: torch.Tensor, after: torch.Tensor, slots: int):
+        """`note` of running states `[B, N, H, ...]`, unless they start anew or are kept exactly anyway."""
+        if not layer.keep_borders or not (self.carry or self.lead):
+            return
+        kept = self.memory.num_read if self.keeps and not self.lead and layer.kept_dtype is None else 0
+        for i, state in enumerate(states[kept:], kept):
+            self.note(layer, f"state.{i}", state, before, after, slots)
+
+    def stand(self, layer: MCCacheLayer, number: int, held: dict, border: dict, like: torch.Tensor) -> None:
+        """Fill an empty layer with what it holds once every row has finished `number` >= 1 segments and no more.
+
+        Args:
+            held: `kept.i`, `scale.i` and `summaries` as they are stored, `[B, S, ...]` with S = `num_slots`.
+            border: what was noted at the border, `conv.NAME` and `state.i`, `[B, ...]`.
+            like: a running state, for dtype, device and B.
+        """
+        put, start, rows = layer.storage.put, self.borders.start(number), len(like)
+        put("position", torch.full((rows,), start, device=like.device))
+        for i, fresh in enumerate(self.memory.initial_state(rows, like.device, like.dtype)):
+            levels = [fresh] * (self.lead + 1)
+            if f"state.{i}" in border:
+                levels[0] = border[f"state.{i}"]
+            elif self.carry:
+                levels[0] = held[f"kept.{i}"][:, (number - 1) % self.num_slots(start)].to(like.device)
+            put(f"state.{i}", torch.stack(levels, 1))
+        if "summaries" in held:
+            put("sums", torch.zeros_like(held["summaries"][:, :1]))
+        layer.tensors |= held | {name: x for name, x in border.items() if name.startswith("conv.")}
 
 
 class GridHistory(Slots):
@@ -228,7 +288,10 @@ class GridHistory(Slots):
             layer.storage.put(name, torch.stack(parts, 1))
         if self.keeps:
             self._leave_finished(levels, caches, layer, row)
-        layer.storage.put("position", levels[0].table.next_position)
+        table = levels[0].table
+        slots, states = self.num_slots(layer.bound(table.num_tokens)), levels[0].ends if endless is None else endless
+        self._note_states(layer, states, table.position, table.next_position, slots)
+        layer.storage.put("position", table.next_position)
 
     def _leave_finished(self, levels, caches: Caches, layer: MCCacheLayer, row: torch.Tensor) -> None:
         table, total = levels[0].table, caches.birth.shape[1]
@@ -288,6 +351,10 @@ class TokenHistory(Slots):
                 done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(segment))))
             for name, value in done:
                 layer.storage.store(name, value, slot, full, backend)
+        written = position + (1 if real is None else real)
+        if layer.keep_borders:
+            slots = layer.tensors["kept.0"].shape[1] if self.keeps else self.num_slots(int(written.max()))
+            self._note_states(layer, tuple(state[:, :1] for state in states), position, written, slots)
         running = {f"state.{i}": state for i, state in enumerate(states)}
         if not self.carry:
             fresh = self.memory.initial_state(1, position.device, states[0].dtype)
@@ -301,7 +368,7 @@ class TokenHistory(Slots):
                 before, absent = layer.tensors[name], ~real[:, None].expand(after.shape[:2])
                 after = slot_write(after, before, None, absent, True, backend)
             layer.storage.put(name, after)
-        layer.storage.put("position", position + (1 if real is None else real))
+        layer.storage.put("position", written)
 
     def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         """Slots `[B, L]` that segments number `segment` `[B, L]` of all levels take where they are `full` `[B, L]`."""

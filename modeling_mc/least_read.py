@@ -58,6 +58,7 @@ class LeastReadHistory(History):
     """The cache layer also holds `segment` and `received` of `Occupants`."""
 
     needs_gates = True
+    stands = False
 
     def num_slots(self, num_tokens: int) -> int:
         return self.max_segments

@@ -388,6 +388,10 @@ class MCMixer(Mixer):
         if not self.config.conv_kernel_size:
             return y
         tail = None if layer is None else layer.tensors.get(f"conv.{name}")
+        if layer is not None and layer.keep_borders:
+            ends = table.tails(y, tail, self.config.conv_kernel_size - 1, table.ends)
+            slots = self.history.num_slots(layer.bound(table.num_tokens))
+            self.history.note(layer, f"conv.{name}", ends, table.position, table.next_position, slots)
         y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
         if layer is not None:
             layer.storage.put(f"conv.{name}", tail)

@@ -359,7 +359,8 @@ class MCModel(MCPreTrainedModel):
 
 
 class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
-    """MCModel with a language-modelling head, and `generate`.
+    """MCModel with a language-modelling head, and `generate`, which also takes `prefix_store`: a `PrefixStore` that
+    knows beginnings of prompts.
 
     Args:
         config: kind and size of the model; weights are random (`from_pretrained` loads trained ones).
@@ -431,8 +432,11 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         )
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        return super().generate(*args, **rename_cache(kwargs, CACHE_NAME))
+    def generate(self, inputs=None, generation_config=None, *args, prefix_store=None, **kwargs):
+        kwargs = rename_cache(kwargs, CACHE_NAME)
+        if prefix_store is not None:
+            kwargs |= prefix_store.prepare(self, inputs, kwargs, generation_config or self.generation_config)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         """Refuses a cache that has read all of the prompt: Transformers would read the prompt into it once more."""

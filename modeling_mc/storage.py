@@ -20,6 +20,7 @@ class Storage:
             torch.int8, with one scale per row of a state (`scale.i`).
         kept_device: where those states are stored; None = where they are computed.
         snapshot: the tensors and the count that `go_back` returns to, or None.
+        shared: tensors by name that another cache holds too: they are not overwritten.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,11 @@ class Storage:
         self.kept_dtype: torch.dtype | None = None
         self.kept_device: torch.device | None = None
         self.snapshot: tuple[dict[str, torch.Tensor], int | torch.Tensor] | None = None
+        self.shared: dict[str, torch.Tensor] = {}
+
+    def __setstate__(self, state: dict) -> None:
+        """Also of an earlier version, which shared nothing."""
+        vars(self).update({"shared": {}} | state)
 
     # ------------------------------------------------------------------------------------------------------- reading
     def group(self, prefix: str) -> tuple[torch.Tensor, ...]:
@@ -56,6 +62,7 @@ class Storage:
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         self.tensors[name] = value
+        self.shared.pop(name, None)
 
     def put(self, name: str, value: torch.Tensor) -> None:
         """Set a tensor `[B, ...]`."""
@@ -71,12 +78,15 @@ class Storage:
         for part, new in (self._encode(name, value) if coded else {name: value}).items():
             old = self.tensors[part]
             overwrite = self._in_place(part, old, new)
-            self.tensors[part] = slot_write(old, new, slot, keep, overwrite, "torch" if coded else backend)
+            written = slot_write(old, new, slot, keep, overwrite, "torch" if coded else backend)
+            if written is not old:
+                self.shared.pop(part, None)
+            self.tensors[part] = written
 
     def _in_place(self, name: str, old: torch.Tensor, new: torch.Tensor) -> bool:
-        """Whether `old` may be overwritten: no gradient needs it (that of a query needs states that have none) and the
-        snapshot does not share it."""
-        shared = self.snapshot is not None and self.snapshot[0].get(name) is old
+        """Whether `old` may be overwritten: no gradient needs it (that of a query needs states that have none), and
+        neither the snapshot nor another cache shares it."""
+        shared = self.snapshot is not None and self.snapshot[0].get(name) is old or self.shared.get(name) is old
         return not (torch.is_grad_enabled() or new.requires_grad or old.requires_grad or shared)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
@@ -86,6 +96,7 @@ class Storage:
             if missing > 0:
                 more = stack[:, -1:].expand(-1, missing, *stack.shape[2:])
                 self.tensors[name] = torch.cat([stack, more if copy_last else torch.zeros_like(more)], 1)
+                self.shared.pop(name, None)
 
     def count(self, num_tokens: int) -> None:
         """`num_tokens` more were read."""
@@ -98,6 +109,7 @@ class Storage:
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `function(tensor)` in the place of every tensor."""
         self.tensors = {name: function(tensor) for name, tensor in self.tensors.items()}
+        self.shared = {name: tensor for name, tensor in self.shared.items() if self.tensors[name] is tensor}
         if self.snapshot is not None:
             tensors, num_tokens = self.snapshot
             self.snapshot = {name: function(tensor) for name, tensor in tensors.items()}, num_tokens
@@ -112,7 +124,7 @@ class Storage:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.tensors, self.num_tokens, self.snapshot = {}, 0, None
+        self.tensors, self.num_tokens, self.snapshot, self.shared = {}, 0, None, {}
 
     # ------------------------------------------------------------------------------------------------- going back
     def take_snapshot(self) -> None:
