@@ -389,7 +389,7 @@ class MCMixer(Mixer):
             return y
         tail = None if layer is None else layer.tensors.get(f"conv.{name}")
         if layer is not None and layer.keep_borders:
-            ends = table.tails(y, tail, self.config.conv_kernel_size - 1, table.ends)
+            ends = table.tails(y, tail, self.config.conv_kernel_size - 1)
             slots = self.history.num_slots(layer.bound(table.num_tokens))
             self.history.note(layer, f"conv.{name}", ends, table.position, table.next_position, slots)
         y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)

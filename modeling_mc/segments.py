@@ -338,7 +338,7 @@ class SegmentTable:
         if self.shards is not None:
             tail = self.shards.tail(x, reach)
         y = conv(self._behind(x, tail, reach).transpose(1, 2)).transpose(1, 2).contiguous()
-        return y, self.tails(x, tail, reach, self.length[:, None])[:, 0]
+        return y, self._tails(x, tail, reach, self.length[:, None])[:, 0]
 
     @staticmethod
     def _behind(x: torch.Tensor, tail: torch.Tensor | None, reach: int) -> torch.Tensor:
@@ -346,11 +346,16 @@ class SegmentTable:
         tail = x.new_zeros(len(x), reach, x.shape[-1]) if tail is None else tail.to(x.dtype)
         return torch.cat([tail, x], 1)
 
-    def tails(self, x: torch.Tensor, tail: torch.Tensor | None, reach: int, count: torch.Tensor) -> torch.Tensor:
-        """What convolutions would have to know of compact tokens `[R, T, C]` if there were only the first `count`
-        `[R, n]` of them: the last `reach` ones, `[R, n, reach, C]`; tail: as in `convolve`."""
+    def _tails(self, x: torch.Tensor, tail: torch.Tensor | None, reach: int, count: torch.Tensor) -> torch.Tensor:
+        """The last `reach` of the first `count` `[R, n]` compact tokens: `[R, n, reach, C]`."""
         place = count[..., None] + torch.arange(reach, device=x.device)
         return self._take(self._behind(x, tail, reach), place.flatten(1)).unflatten(1, place.shape[1:])
+
+    def tails(self, x: torch.Tensor, tail: torch.Tensor | None, reach: int) -> torch.Tensor:
+        """What a convolution has to know at the end of every grid segment: the last `reach` compact tokens there,
+        `[R, N, reach, C]`; of segments that do not end here they mean nothing. x, tail: as in `convolve`."""
+        count = self.borders.start(self.number + 1) - self.position[:, None]
+        return self._tails(x, tail, reach, count.clamp(0, self.num_tokens))
 
     # ------------------------------------------------------------------------------------------- segments in time
     def token_position(self) -> torch.Tensor:
@@ -382,11 +387,6 @@ class SegmentTable:
     def finishes(self) -> torch.Tensor:
         """`[R, N]` bool, grid segments whose last token is written in this forward."""
         return (self.valid & (self.offset + 1 == self.borders.count(self.number[..., None]))).any(-1)
-
-    @property
-    def ends(self) -> torch.Tensor:
-        """`[R, N]` int64, how many compact tokens there are up to the end of every grid segment."""
-        return (self.borders.start(self.number + 1) - self.position[:, None]).clamp(0, self.num_tokens)
 
     def running_index(self) -> torch.Tensor:
         """`[R]` grid segment that is unfinished after this forward; num_segments if the next one has not begun."""
