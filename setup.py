@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 
 TRAIN = ["peft", "datasets", "matplotlib"]
 GGUF = ["gguf>=0.17"]
+SFT = ["trl>=1", *TRAIN]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff"]
 TEST = [
     "pytest",
@@ -21,8 +22,8 @@ TEST = [
     "ruff",
     "import-linter>=2.15",
     "setuptools>=77",
-    *TRAIN,
     *GGUF,
+    *SFT,
 ]
 
 
@@ -54,6 +55,7 @@ setup(
         "mc_transformers.kernels.shared",
         "mc_transformers.conversion",
         "mc_transformers.conversion.sources",
+        "mc_transformers.conversion.distil",
         "mc_transformers.hub",
         "mc_transformers.training",
         "mc_transformers.cli",
@@ -68,7 +70,7 @@ setup(
         "huggingface-hub",
         'triton; platform_system=="Linux"',
     ],
-    extras_require={"train": TRAIN, "gguf": GGUF, "test": TEST, "docs": DOCS},
+    extras_require={"train": TRAIN, "gguf": GGUF, "sft": SFT, "test": TEST, "docs": DOCS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..configuration_mc import CHOICES
@@ -15,9 +15,10 @@ from ..hub.inputs import short
 from ..hub.loading import DTYPES, default_device, load_config, load_model, load_tokenizer
 from ..hub.publish import hide_tokens
 from ..modeling_mc.memories import MEMORIES
+from .arguments import PROGRAM, at_least_two, count, examples, heat, numbers, positive, share
+from .distil import add_parser as add_distil_parser
 
 
-PROGRAM = "mc-transformers"
 PIECE = 4096  # tokens of a prompt that are read at a time
 DESCRIPTION = "Memory Caching models (arXiv 2602.24281): inspect, run, evaluate, convert and publish checkpoints."
 
@@ -208,42 +209,6 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- parser
-def _examples(*lines: str) -> dict:
-    """Arguments of a parser whose help ends with example calls."""
-    text = "\n".join(f"  {PROGRAM} {line}" for line in lines)
-    return {"epilog": f"examples:\n{text}", "formatter_class": argparse.RawDescriptionHelpFormatter}
-
-
-def _number(kind: type, allowed: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type of arguments whose error says what is allowed."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid, allowed: {allowed}")
-        return value
-
-    return parse
-
-
-positive = _number(int, "a whole number from 1 on", lambda x: x >= 1)
-count = _number(int, "a whole number from 0 on", lambda x: x >= 0)
-at_least_two = _number(int, "a whole number from 2 on", lambda x: x >= 2)
-heat = _number(float, "a number from 0 on", lambda x: 0 <= x < float("inf"))
-share = _number(float, "a number above 0, up to 1", lambda x: 0 < x <= 1)
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid, allowed: whole numbers as in 1,3,5") from None
-
-
 def _add_checkpoint(parser: argparse.ArgumentParser, what: str = "a folder or a Hub repository") -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=what)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
@@ -258,7 +223,7 @@ def _generate_parser(commands) -> None:
     parser = commands.add_parser(
         "generate",
         help="continue a text, printed while it is written",
-        **_examples(
+        **examples(
             'generate outputs/demo/model --prompt "The with statement"',
             "generate me/my-model --temperature 0 --max-new-tokens 400 < prompt.txt",
             "generate me/my-model --memory notes --max-new-tokens 1 < book.txt",
@@ -285,7 +250,7 @@ def _eval_parser(commands) -> None:
     parser = commands.add_parser(
         "eval",
         help="held-out loss and perplexity of a text, by position",
-        **_examples(
+        **examples(
             "eval outputs/demo/model held_out.txt --length 2048",
             "eval me/my-model book.txt --length 16384 --dtype bfloat16 --output book.json",
         ),
@@ -315,7 +280,7 @@ def _bundle_parser(commands) -> None:
     parser = commands.add_parser(
         "bundle",
         help="write a folder that loads with trust_remote_code=True where this package is not installed",
-        **_examples(
+        **examples(
             "bundle outputs/demo/model outputs/demo/bundle --repo-id me/my-model",
             "bundle checkpoint-500 out --results eval.json --license apache-2.0 --language en",
         ),
@@ -334,7 +299,7 @@ def _publish_parser(commands) -> None:
     parser = commands.add_parser(
         "publish",
         help="bundle a checkpoint, check the bundle, and upload it to the Hub",
-        **_examples(
+        **examples(
             "publish outputs/demo/model me/my-model --private --dry-run",
             "publish outputs/demo/model me/my-model --tag v1 --results eval.json",
             "publish outputs/demo/model someone/model --create-pr",
@@ -364,7 +329,7 @@ def _convert_parser(commands) -> None:
         help="turn a checkpoint of another architecture, or of a training run, into a model folder",
         description="Strict: a weight that is missing or left over is an error. From another architecture and "
         "without --aggregation the result is the source itself, one endless segment.",
-        **_examples(
+        **examples(
             "convert mamba2-130m outputs/converted --verify-logits",
             "convert mamba2-130m outputs/converted --aggregation grm --segment-size 256 --dtype bfloat16",
             "convert run/checkpoint-500/pytorch_model_fsdp_0 outputs/model --config run/config.json",
@@ -409,15 +374,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         description=DESCRIPTION,
-        **_examples("env", "info mc-170m", 'generate outputs/demo/model --prompt "The with statement"'),
+        **examples("env", "info mc-170m", 'generate outputs/demo/model --prompt "The with statement"'),
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    env = commands.add_parser("env", help="versions, devices, and the backend of every op", **_examples("env"))
+    env = commands.add_parser("env", help="versions, devices, and the backend of every op", **examples("env"))
     env.set_defaults(run=run_env)
     about = commands.add_parser(
         "info",
         help="parameters, kind of memory, and the cache's size beside keys and values",
-        **_examples("info outputs/demo/model", "info mc-760m"),
+        **examples("info outputs/demo/model", "info mc-760m"),
     )
     _add_checkpoint(about, "a folder, a Hub repository, or the name of a preset (mc-170m, ...)")
     about.set_defaults(run=run_info)
@@ -426,6 +391,7 @@ def build_parser() -> argparse.ArgumentParser:
     _bundle_parser(commands)
     _publish_parser(commands)
     _convert_parser(commands)
+    add_distil_parser(commands)
     return parser
 
 

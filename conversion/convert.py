@@ -15,6 +15,7 @@ from ..hub.bundle import write_code
 from ..hub.files import new_folder
 from ..hub.flat import AUTO_MAP
 from ..hub.inputs import check_weight, short
+from ..modeling_mc.mixer import MCMixer
 from .checkpoint import Checkpoint, open_checkpoint
 from .source import Source, refuse
 from .sources import SOURCES
@@ -215,15 +216,20 @@ def write_model(
     write_code(folder)
 
 
-def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]:
-    """The start of all weights of the mixers to which `missing` weights belong."""
+def new_mixer(config: MCConfig, layer: int) -> MCMixer:
+    """The mixer of a memory layer as it starts in a new model, the same in every call."""
     alone = {"num_hidden_layers": 1, "layer_types": [LAYER_TYPE], "intermediate_size": 0, "vocab_size": 1}
     small = MCConfig.from_dict(config.to_dict() | alone | dict.fromkeys(SPECIAL))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(layer)
+        return MCModel(small).layers[0].mixer
+
+
+def _new_mixers(config: MCConfig, missing: list[str]) -> dict[str, torch.Tensor]:
+    """The start of all weights of the mixers to which `missing` weights belong."""
     found = {}
     for layer in sorted({name.split(".")[2] for name in missing if ".mixer." in name}):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(layer))
-            mixer = MCModel(small).layers[0].mixer
+        mixer = new_mixer(config, int(layer))
         found |= {f"model.layers.{layer}.mixer.{name}": tensor for name, tensor in mixer.state_dict().items()}
     return found
 

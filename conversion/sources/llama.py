@@ -74,7 +74,7 @@ def _bias(tensor: torch.Tensor, found: dict) -> list[torch.Tensor]:
     return [tensor, tensor.new_zeros(found["hidden_size"])] if _is_qwen2(found) else [tensor]
 
 
-def _repeated(tensor: torch.Tensor, found: dict) -> tuple[torch.Tensor]:
+def repeat_heads(tensor: torch.Tensor, found: dict) -> tuple[torch.Tensor]:
     """Rows of keys or values, once per head."""
     heads, shared = found["num_attention_heads"], found["num_key_value_heads"]
     return (tensor.unflatten(0, (shared, -1)).repeat_interleave(heads // shared, 0).flatten(0, 1),)
@@ -95,7 +95,7 @@ def with_memory_layers(layers: Sequence[int]) -> Source:
     chosen, mixer = rf"model\.layers\.({'|'.join(map(str, layers))})\.self_attn\.", r"model.layers.\1.mixer."
     rules = (
         (chosen + r"([qo])_proj\.(weight|bias)", (mixer + r"\2_proj.\3",), keep),
-        (chosen + r"([kv])_proj\.(weight|bias)", (mixer + r"\2_proj.\3",), _repeated),
+        (chosen + r"([kv])_proj\.(weight|bias)", (mixer + r"\2_proj.\3",), repeat_heads),
         (chosen + r"[qk]_norm\.weight", (), keep),  # queries and keys of memory layers have length one
     )
     return replace(SOURCE, make_config=make_hybrid_config, rules=rules + SOURCE.rules, fresh=True)

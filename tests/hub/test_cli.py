@@ -303,7 +303,7 @@ def test_a_token_is_never_printed(monkeypatch):
 
 
 def test_help_and_usage(capsys):
-    for command in ("env", "info", "generate", "eval", "bundle", "publish", "convert"):
+    for command in ("env", "info", "generate", "eval", "bundle", "publish", "convert", "distil"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0 and f"examples:\n  mc-transformers {command}" in capsys.readouterr().out
@@ -314,6 +314,7 @@ def test_help_and_usage(capsys):
         ["generate", "model", "--top-p", "2"],
         ["generate", "model", "--top-k", "-1"],
         ["convert", "a", "b", "--layers", "x"],
+        ["distil", "a", "b", "--text", "c", "--layers", "1,x"],
     ]
     for argv in wrong:
         with pytest.raises(SystemExit) as ended:
