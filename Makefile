@@ -39,7 +39,7 @@ test: lint
 SEED ?= $(shell date +%s)
 trust: $(TEST_STAMP)
 	@echo "SEED=$(SEED)"
-	MC_TRUST_EXAMPLES=3500 $(BIN)/python -m pytest -n 2 tests/trust --timeout=0 --hypothesis-seed=$(SEED)
+	MC_TRUST_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/trust --timeout=0 --hypothesis-seed=$(SEED)
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests

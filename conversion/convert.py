@@ -14,7 +14,7 @@ from ..configuration_mc import LARGEST, LAYER_TYPE
 from ..hub.bundle import write_code
 from ..hub.files import new_folder
 from ..hub.flat import AUTO_MAP
-from ..hub.inputs import check_weight, short
+from ..hub.inputs import check_ids, check_weight, read_vocabulary, short
 from ..modeling_mc.mixer import MCMixer
 from .checkpoint import Checkpoint, open_checkpoint
 from .source import Source, refuse
@@ -82,7 +82,8 @@ def convert(
     Raises:
         FileExistsError: there is such an output, and not `overwrite`.
         ValueError: another architecture, a missing piece, weights that are missing, left over, quantised or of a
-            wrong shape, `fields` for a result without memory layers, an output that is the checkpoint.
+            wrong shape, more tokens than the embedding has rows, `fields` for a result without memory layers, an
+            output that is the checkpoint.
     """
     checkpoint = open_checkpoint(checkpoint)
     with wrong_values(checkpoint.path):
@@ -121,6 +122,7 @@ def convert(
         weights = checkpoint.weights()
         write_model(folder, config, parts(), (U_PROJ, *kind.zeros), dtype, max_shard_size, kind.fresh)
         checkpoint.copy_extras(folder)
+        check_ids(read_vocabulary(folder), config.vocab_size, checkpoint.path)
         if verify:
             verify_logits(checkpoint, folder, theirs, kind.names)
     return Path(output)

@@ -8,6 +8,7 @@ import torch
 
 from .. import MCConfig, MCForCausalLM
 from ..hub.files import new_file, new_folder
+from ..hub.inputs import check_ids, read_vocabulary
 from ..hub.loading import load_model
 from .checkpoint import copy_extras, read_config
 from .convert import U_PROJ, write_model
@@ -68,7 +69,8 @@ def from_training(
         fields: of the MCConfig that change, for example aggregation="mean" for caching after training.
 
     Raises:
-        ValueError: a damaged file, code in a file, weights that are missing, left over or of a wrong shape.
+        ValueError: a damaged file, code in a file, weights that are missing, left over or of a wrong shape,
+            more tokens than the embedding has rows.
     """
     checkpoint = Path(checkpoint)
     place = find_config(checkpoint, config)
@@ -88,6 +90,7 @@ def from_training(
         zeros = (U_PROJ,) if "aggregation" in fields else ()
         write_model(folder, model_config, parts(), zeros, dtype, max_shard_size)
         copy_extras(place.parent, folder)
+        check_ids(read_vocabulary(folder), model_config.vocab_size, place.parent)
     return Path(output)
 
 

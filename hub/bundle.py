@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..modeling_mc.registration import AUTO_CLASSES
 from .card import Metadata, Result, render, write_card
 from .figure import draw_memory
-from .files import new_folder, write_file
+from .files import new_folder, scratch, write_file
 from .flat import ROOT, flat_files, unreachable
 from .loading import load_model, load_tokenizer
 
@@ -30,10 +29,10 @@ def code_files() -> dict[str, str]:
         ValueError: Transformers would not load one of the files.
     """
     files = flat_files()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         for name, source in files.items():
-            write_file(Path(folder) / name, source)
-        if lost := unreachable(files, Path(folder)):
+            write_file(folder / name, source)
+        if lost := unreachable(files, folder):
             raise ValueError(f"Transformers would not copy {', '.join(sorted(lost))}: nothing imports them")
     return files
 
@@ -147,14 +146,14 @@ def verify_bundle(folder: str | Path, model: PreTrainedModel) -> None:
     Raises:
         RuntimeError: it does not load, or differs.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch() as temporary:
         # Transformers names the code's module after the folder: give it a plain name
-        place = Path(temporary) / "bundle"
+        place = temporary / "bundle"
         place.symlink_to(Path(folder).resolve(), target_is_directory=True)
-        save_file(_expected(model.cpu()), Path(temporary) / "expected.safetensors")
+        save_file(_expected(model.cpu()), temporary / "expected.safetensors")
         environment = os.environ | {  # as many threads: their number changes the order of sums, and so the last bits
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "HF_MODULES_CACHE": str(Path(temporary) / "modules"),
+            "HF_MODULES_CACHE": str(temporary / "modules"),
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }

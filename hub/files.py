@@ -77,6 +77,13 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary / path.name, path)
 
 
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A fresh folder among the system's temporary ones, which vanishes; after a kill, at the next call."""
+    with _beside(Path(tempfile.gettempdir()) / "scratch") as temporary:
+        yield temporary
+
+
 # ------------------------------------------------------------------------------------------------- what may be written
 def _same(one: Path, other: Path) -> bool:
     """Whether two paths are one place, whatever they are called."""

@@ -115,6 +115,43 @@ def check_extras(folder: Path) -> list[Path]:
     return found
 
 
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Tokens and their ids from the files of a tokenizer in `folder`; what is no id is left out.
+
+    Raises:
+        ValueError: a file that is not JSON.
+    """
+    found = {}
+    for name in ("vocab.json", "tokenizer.json", "added_tokens.json"):
+        if not (folder / name).is_file():
+            continue
+        content = read_json(folder / name)
+        if name == "tokenizer.json":
+            model, added = content.get("model"), content.get("added_tokens")
+            content = model.get("vocab") if isinstance(model, dict) else None
+            if isinstance(content, list):  # of Unigram: the place is the id
+                found |= {
+                    str(token[0]): place for place, token in enumerate(content) if isinstance(token, list) and token
+                }
+            added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else ()
+            found |= {str(token.get("content")): token.get("id") for token in added}
+        found |= content if isinstance(content, dict) else {}
+    return {token: place for token, place in found.items() if type(place) is int}
+
+
+def check_ids(vocabulary: dict[str, int], vocab_size: int, name: str | Path) -> None:
+    """
+    Raises:
+        ValueError: a token that the embedding has no row for.
+    """
+    token, place = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if place >= vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer gives {short(token, 60)!r} the id {place}, and the embedding has {vocab_size} "
+            "rows (`vocab_size`): take the token out of the tokenizer, or resize the embedding"
+        )
+
+
 def check_weight(name: str, tensor: torch.Tensor) -> None:
     """
     Raises:

@@ -11,7 +11,17 @@ from transformers.utils.hub import cached_files
 from ..configuration_mc import PRESETS, MCConfig
 from ..modeling_mc import model as family
 from ..modeling_mc.registration import AUTO_CLASSES
-from .inputs import EXTRAS, check_dtype, check_extras, check_inside, check_weight, read_index, read_json, short
+from .inputs import (
+    EXTRAS,
+    check_dtype,
+    check_extras,
+    check_ids,
+    check_inside,
+    check_weight,
+    read_index,
+    read_json,
+    short,
+)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -142,15 +152,17 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """Tokenizer of a checkpoint.
 
     Raises:
-        ValueError: there is none, or the checkpoint is of another architecture.
+        ValueError: there is none, it has more tokens than the embedding, or the checkpoint is of another architecture.
     """
-    load_config(name, revision)
+    config = load_config(name, revision)
     if files := _fetch(name, list(EXTRAS), revision):
         check_extras(files[0].parent)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizer's own library has but one class of errors
         raise ValueError(f"{name} has no tokenizer that loads ({short(' '.join(str(error).split()))})") from error
+    check_ids(tokenizer.get_vocab(), config.vocab_size, name)
+    return tokenizer
 
 
 def default_device() -> str:

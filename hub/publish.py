@@ -3,7 +3,6 @@
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from huggingface_hub.utils import validate_repo_id
 from .bundle import bundle
 from .card import Metadata, Result
 from .figure import FIGURE
+from .files import scratch
+from .inputs import short
 
 
 CARD = "README.md"
@@ -97,8 +98,9 @@ def upload(
         if tag:
             api.create_tag(repo_id, tag=tag, revision=info.oid)
         return info
-    except json.JSONDecodeError as error:
-        raise RuntimeError(f"the answer to the upload of {repo_id} is none of the Hub's ({error})") from error
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        reason = short(" ".join(str(error).split()))
+        raise RuntimeError(f"an answer to the upload of {repo_id} is none of the Hub's ({reason})") from error
 
 
 def publish(
@@ -123,10 +125,10 @@ def publish(
         ValueError: see `check_upload`, before the work. Else as `bundle` and `upload`.
     """
     check_upload(repo_id, *(options.get(name) for name in ("token", "revision", "create_pr", "tag")))
-    with tempfile.TemporaryDirectory() as temporary:
+    with scratch() as temporary:
         folder = bundle(
             checkpoint,
-            Path(temporary) / "bundle",
+            temporary / "bundle",
             repo_id,
             max_shard_size=max_shard_size,
             metadata=metadata,

@@ -5,7 +5,6 @@ that loads anywhere. The copies of our models in a repository do without: Transf
 
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -14,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .bundle import write_bundle, write_code
 from .card import Metadata
+from .files import scratch
 from .flat import AUTO_MAP
 from .publish import upload
 
@@ -71,6 +71,6 @@ def push(
         return PreTrainedModel.push_to_hub(model, repo_id, commit_message=commit_message, tags=tags, **options)
     tags = [tags] if isinstance(tags, str) else tags or []
     metadata = Metadata(tags=list(dict.fromkeys([*(model.model_tags or []), *tags])))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         write_bundle(model, folder, repo_id, max_shard_size=max_shard_size, metadata=metadata)
         return upload(folder, repo_id, commit_message=commit_message or "Upload model", **options)

@@ -9,10 +9,20 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.read.gates import CONSTANT, apply_gates, content_gates, logits_of_chosen
+from ..kernels.read.gates import (
+    CONSTANT,
+    apply_gates,
+    content_gates,
+    first_readable,
+    hidden_memories,
+    logits_of_chosen,
+)
 from .history import Caches
 from .memories import Memory, State, Trace, mix_answers
 from .storage import Kept
+
+
+BLOCK = 32  # segments that are read at a time where all memories count alike
 
 
 class Aggregation:
@@ -53,11 +63,10 @@ class Aggregation:
             return x.reshape(*rows, *x.shape[2:])
 
         if not self.uses_gates:
-            visible = caches.visible()
-            past = self.memory.constant_read(fold(q), caches.states, visible)
+            past, count = self._read_alike(fold(q), caches)
             total = fold(trace.online) + (past if scale is None else scale[:, None].to(past.dtype) * past)
             if self.kind == "mean":
-                total = total / (visible.sum(-1) + 1).to(total.dtype)[:, :, None, None, None]
+                total = total / (count + 1).to(total.dtype)[:, :, None, None, None]
             return total.reshape(*grid, *total.shape[2:])
         gating = (fold(online_logit), caches.birth, caches.first, self.gate_function)
         if self.kind == "soup" and self.memory.num_maps > 1:
@@ -72,6 +81,23 @@ class Aggregation:
             past, online_gate = self.memory.gated_read(fold(q), fold(u), caches.states, caches.summaries, *gating)
         total = mix_answers(past, online_gate, fold(trace.online), scale)
         return total.reshape(*grid, *total.shape[2:])
+
+    def _read_alike(self, q: torch.Tensor, caches: Caches) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the answers `[R, N, W, H, dv]` of all memories that a grid segment may read (eq. 7), and their
+        number `[R, N]`. On a CPU blocks of segments look at what they may read only: a bounded cache and packed
+        documents cost what their bound says."""
+        num, slots = q.shape[1], caches.birth.shape[1]
+        in_blocks = q.device.type == "cpu" and num > BLOCK and not torch.compiler.is_compiling()
+        first, step = (first_readable(caches.first), BLOCK) if in_blocks else ([0] * num, num)
+        past, count = [], []
+        for start in range(0, num, step):
+            stop = min(start + step, num)  # the end states of the grid come last, and only later segments see them
+            segments, seen = slice(start, stop), slice(min(first[start:stop]), slots - num + stop)
+            visible = ~hidden_memories(caches.birth, caches.first, segments, seen)
+            states = tuple(state[:, seen] for state in caches.states)
+            past.append(self.memory.constant_read(q[:, segments], states, visible))
+            count.append(visible.sum(-1))
+        return torch.cat(past, 1), torch.cat(count, 1)
 
     def _soup(self, q, u, trace, caches, gating, fold):
         """Mixed parameters (eq. 15) map by map: no token's own weights are ever built."""

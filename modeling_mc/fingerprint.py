@@ -111,9 +111,9 @@ def _hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _bytes(piece: torch.Tensor) -> memoryview:
-    """The bytes of values `[n]`: as fp32 where that is exact."""
+def _bytes(piece: torch.Tensor) -> bytes:
+    """The bytes of values `[n]` of any stride: as fp32 where that is exact."""
     if piece.is_floating_point() and piece.dtype != torch.float32:
         single = piece.float()
         piece = single if piece.dtype.itemsize < 4 or torch.equal(single.to(piece.dtype), piece) else piece
-    return memoryview(piece.contiguous().view(torch.uint8).numpy())
+    return piece.numpy().tobytes()

@@ -148,6 +148,13 @@ def check_values(tensors: dict[str, torch.Tensor], num_tokens: int, borders: Bor
         first = tensor if first is None else first
         if not torch.equal(first.cpu(), tensor.cpu()):
             raise ValueError(f"tensor {name!r} differs from that of other layers")
+    for name, sums in tensors.items():
+        if name.endswith(".sums"):
+            between = borders.offset(tensors[name.replace(".sums", ".position")]) == 0
+            if bool(sums[between, 0].any()):
+                raise ValueError(
+                    f"tensor {name!r} holds tokens of a segment, and the positions say that none has begun"
+                )
     for name, segment in tensors.items():
         if name.endswith(".segment"):
             position = tensors[name.replace(".segment", ".position")]

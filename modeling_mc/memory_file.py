@@ -103,11 +103,9 @@ def reading(directory: str | os.PathLike) -> Iterator[MemoryFile]:
         ValueError: the file is incomplete, or something else, or of a newer version.
     """
     path = Path(directory) / FILE
-    try:
-        opened = open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"`directory`={str(directory)!r} holds no {FILE}") from error
-    with opened:
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"`directory`={str(directory)!r} holds no {FILE}")
+    with open(path, "rb") as opened:
         # safetensors opens twice by name; another process may put a new file there in between
         name = f"/dev/fd/{opened.fileno()}"
         try:

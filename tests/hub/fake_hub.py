@@ -1,6 +1,7 @@
 """A Hub on the loopback interface: enough of its HTTP interface for pushes, pull requests, branches, tags and loading.
 
-It keeps everything in memory, wants one token, and can be told to break off after some uploads.
+It keeps everything in memory, wants one token, and can be told to break off after some uploads, to answer with a page
+of HTML as gateways do, and to call a function at every request.
 """
 
 import base64
@@ -9,7 +10,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,8 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}  # large files by SHA-256
         self.uploads: list[str] = []  # large files as they arrived
         self.fail_after: int | None = None  # break off once so many large files have arrived
+        self.html: str | None = None  # requests that a page answers: a pattern of method and path
+        self.watch: Callable[[int], None] = lambda number: None  # called before a request is answered
         self.log: list[str] = []
         self.url = ""
 
@@ -202,6 +205,9 @@ class Handler(BaseHTTPRequestHandler):
         hub, url, body = self.server.hub, urlparse(self.path), self._body()
         path = unquote(url.path)
         hub.log.append(f"{self.command} {path}")
+        hub.watch(len(hub.log))
+        if hub.html and re.search(hub.html, hub.log[-1]):
+            return self._send(200, b"<html><title>Sign in</title></html>", {"Content-Type": "text/html"})
         try:
             if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not path.startswith("/lfs/"):
                 raise Refused(401, "Invalid username or password.")

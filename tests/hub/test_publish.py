@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ import fake_hub
 from helpers import build, small_config, tokens
 from mc_transformers import MCForCausalLM, byte_tokenizer
 from mc_transformers.cli import main as cli
-from mc_transformers.hub import bundle, flat
+from mc_transformers.hub import bundle, files, flat
 from mc_transformers.hub.publish import upload
 
 
@@ -140,6 +141,49 @@ def test_a_new_version_replaces_the_old_one_and_keeps_the_card(capsys, hub, chec
     assert call(capsys, "publish", checkpoint, "me/model", "--replace-card")[0] == 0
     files = hub.files("me/model")
     assert b"Memory Caching" in files["README.md"] and files["memory.png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("where", ["create", "preupload", "batch", "commit", "tag", "resolve"])
+def test_a_page_instead_of_an_answer_is_one_line(capsys, hub, checkpoint, unchecked, where):
+    """As gateways and login pages send it, with status 200."""
+    hub.html = where
+    code, _, err = call(capsys, "publish", checkpoint, "me/model", "--tag", "v1")
+    line = err.splitlines()[-1]
+    asked = [entry for entry in hub.log if where in entry]
+    assert asked and "Traceback" not in err
+    if where in ("tag", "resolve"):  # whose answers nobody reads
+        assert code == 0
+        return
+    assert code == 1 and line.startswith("mc-transformers publish: error: ") and "none of the Hub's" in line
+    assert hub.repositories.get("me/model") is None or hub.files("me/model") == {}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("moment", [1, 3, 6, 8])
+def test_stopped_while_publishing(hub, checkpoint, unchecked, tmp_path, monkeypatch, kind, moment):
+    """At some request: the repository has nothing or everything, the next call completes it, and nothing stays in the
+    system's temporary folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(files, "GRACE", -1)
+
+    def whole() -> bool:
+        return {"model.safetensors.index.json", "config.json", "README.md"} <= set(hub.files("me/model"))
+
+    def publish() -> int:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                os._exit(cli.main(["publish", checkpoint, "me/model", "--max-shard-size", "20KB"]))
+            finally:
+                os._exit(99)
+        hub.watch = lambda number: os.kill(child, kind) if number == moment else None
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert publish() == (130 if kind == signal.SIGINT else -kind)
+    assert hub.repositories.get("me/model") is None or hub.files("me/model") == {} or whole()
+    assert kind == signal.SIGKILL or not list(tmp_path.iterdir())
+    assert publish() == 0 and whole() and not list(tmp_path.iterdir())
 
 
 def test_wrong_token_is_one_line_without_the_token(capsys, hub, checkpoint, unchecked, monkeypatch):

@@ -287,3 +287,28 @@ def test_long_values_are_cut(copy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["info", "--" + "x" * 10**6])
     assert len(capsys.readouterr().err) < 5000
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+@pytest.mark.parametrize("place", ["added", "vocabulary"])
+def test_a_token_that_the_embedding_has_no_row_for(copy, tmp_path, place):
+    content = json.loads((copy / "tokenizer.json").read_text())
+    if place == "added":
+        content["added_tokens"].append(content["added_tokens"][0] | {"id": 258, "content": "<beyond>"})
+    else:
+        content["model"]["vocab"]["<beyond>"] = 10**6
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    for name in ("generate", "bundle", "convert"):
+        line = call(name, copy, tmp_path / "out")
+        assert "'<beyond>'" in line and "`vocab_size`" in line and "258 rows" in line
+
+
+def test_a_vocabulary_is_read_from_every_kind_of_file(tmp_path):
+    assert inputs.read_vocabulary(tmp_path) == {}
+    (tmp_path / "vocab.json").write_text('{"a": 0, "odd": null, "half": 0.5}')
+    (tmp_path / "added_tokens.json").write_text('{"b": 5}')
+    unigram = {"model": {"type": "Unigram", "vocab": [["c", 0.0], [], 7, ["d", -1.0]]}, "added_tokens": [5, {"id": 8}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram))
+    assert inputs.read_vocabulary(tmp_path) == {"a": 0, "c": 0, "d": 3, "None": 8, "b": 5}
+    (tmp_path / "tokenizer.json").write_text('{"model": [], "added_tokens": {"x": 1}}')
+    assert inputs.read_vocabulary(tmp_path) == {"a": 0, "b": 5}

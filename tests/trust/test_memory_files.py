@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -165,6 +166,7 @@ CASES: dict[str, Callable[[Tensors, Meta], None]] = {
     "a number of tokens that would ask for 64 GB": lambda t, m: m["layers"][0].update(num_tokens=10**9),
     "a position beyond": lambda t, m: put(t, "0.position", lambda x: x + 1),
     "a negative position": lambda t, m: put(t, "0.position", lambda x: x - 30),
+    "a position between two segments": lambda t, m: put(t, "0.position", lambda x: x - 5),
     "a slot too few": lambda t, m: put(t, "0.kept.0", lambda x: x[:, :-1]),
     "descriptors without a slot": lambda t, m: put(t, "0.summaries", lambda x: x[:, :-1]),
     "two slots too many": lambda t, m: put(t, "0.kept.0", lambda x: torch.cat([x, x[:, :2]], 1)),
@@ -232,6 +234,22 @@ def test_every_value_of_a_model_counts(one, seed):
             one.load()
         parameter.view(-1)[place] = old
     assert fingerprints.fingerprint(one.model.model) == before
+
+
+def test_parameters_of_any_stride(one):
+    """A single value may stand in memory in any stride; of numbers, only the values count."""
+    model = build(one.model.config).model
+    before = fingerprints.fingerprint(model)
+    for name, parameter in list(model.named_parameters()):
+        parent, _, last = name.rpartition(".")
+        wide = parameter.data.new_zeros(*parameter.shape, 3)
+        wide[..., 1] = parameter.data
+        setattr(model.get_submodule(parent), last, torch.nn.Parameter(wide[..., 1]))
+    assert not next(model.parameters()).is_contiguous()
+    assert fingerprints.fingerprint(model) == before
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool):
+        one_value = torch.ones(3, dtype=dtype).as_strided((1,), (5,), 1)
+        assert fingerprints._bytes(one_value) == fingerprints._bytes(torch.ones(1, dtype=dtype))
 
 
 def test_weights_are_hashed_once(one, monkeypatch):
@@ -303,6 +321,25 @@ def test_a_killed_save_leaves_the_file_and_what_the_next_day_cleans(tmp_path):
         os.utime(path, (time.time() - LEFT_OVER - 60,) * 2)
     saved.cache.save_pretrained(tmp_path, saved.model)
     assert sorted(os.listdir(tmp_path)) == [FILE, ".tmpmine"][::-1]
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000, 10000])
+def test_a_full_disk(tmp_path, room):
+    """The system refuses to make a file larger than `room` bytes, as a full disk does at some byte."""
+    saved = Saved(tmp_path, "unbounded")
+    assert len(saved.data) > 10000
+
+    def save() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        try:
+            saved.cache.save_pretrained(tmp_path)
+        except OSError as error:
+            os._exit(7 if FILE in str(error) else 8)
+
+    process = in_a_fork(save)
+    process.join(60)
+    assert process.exitcode == 7
+    assert saved.same(saved.load()) and os.listdir(tmp_path) == [FILE]
 
 
 def test_files_and_folders_without_permission(tmp_path):
