@@ -34,6 +34,7 @@ LATER_FIELDS = ("online_memory", "online_gate_bias", "cached_answers", "cached_a
 # written as if they were not set; the first files said how they were set
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLES = 256  # values per parameter that enter the fingerprints of format 1
+COLUMNS = 1021  # sums that tell whether a parameter has changed since it was hashed
 PIECE = 2**24  # values that are hashed at a time
 
 # per model: what of its parameters can be compared at once, and the hash that they had
@@ -44,7 +45,7 @@ def fingerprint(model: nn.Module) -> str:
     """Hash of a model's config and of names, shapes and all values of its parameters.
 
     Floats count by value: the same weights in another dtype that holds them exactly are the same. The weights are
-    hashed once per model and again when a parameter was replaced or changed in place.
+    hashed once per model and again when a parameter was replaced or changed, which sums over all values tell.
 
     Raises:
         ValueError: not a model of this family, or its weights are not in memory.
@@ -95,9 +96,10 @@ def _hash_of_weights(model: nn.Module) -> str:
     parameters = sorted(model.named_parameters())
     state = None
     if not any(p.is_inference() for _, p in parameters):  # those have no version
-        sample = hashlib.sha256()
-        _sample(model, sample)  # changes through `.data` have no version either
-        state = sample.digest(), tuple((n, id(p), p.data_ptr(), p.dtype, p._version) for n, p in parameters)
+        sums = hashlib.sha256()
+        for _, parameter in parameters:  # changes through `.data` have no version either
+            sums.update(_sums(parameter))
+        state = sums.digest(), tuple((n, id(p), p.data_ptr(), p.dtype, p._version) for n, p in parameters)
         if (known := _known.get(model)) is not None and known[0] == state:
             return known[1]
     digest = hashlib.sha256()
@@ -109,6 +111,17 @@ def _hash_of_weights(model: nn.Module) -> str:
     if state is not None:
         _known[model] = state, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _sums(parameter: nn.Parameter) -> bytes:
+    """Sums of the bits, every 1021st word of 8 bytes in one: some times faster than a hash, and only a change that is
+    made for it leaves them as they are."""
+    plain, small = torch.contiguous_format, parameter.numel() < COLUMNS  # a single value keeps any stride otherwise
+    flat = parameter.detach().clone(memory_format=plain) if small else parameter.detach().contiguous()
+    flat = flat.view(-1).view(torch.uint8)
+    words = flat[: flat.numel() // (8 * COLUMNS) * 8 * COLUMNS]
+    rest = flat[words.numel() :].cpu().numpy().tobytes()
+    return words.view(torch.int64).view(-1, COLUMNS).sum(0).cpu().numpy().tobytes() + rest
 
 
 def _bytes(piece: torch.Tensor) -> bytes:

@@ -236,6 +236,22 @@ def test_every_value_of_a_model_counts(one, seed):
     assert fingerprints.fingerprint(one.model.model) == before
 
 
+@pytest.mark.parametrize("number", [0, 2, 5])
+def test_changes_that_torch_does_not_count(one, number):
+    """Through `.data` parameters have no versions; one value is enough, and so are two that change places."""
+    parameter = list(one.model.model.parameters())[number].data.view(-1)
+    kept = parameter.clone()
+    parameter[len(parameter) // 2 + 1] += 1e-3
+    with pytest.raises(ValueError, match="another model"):
+        one.load()
+    parameter.copy_(kept)
+    parameter[[0, -1]] = kept[[-1, 0]]
+    with pytest.raises(ValueError, match="another model"):
+        one.load()
+    parameter.copy_(kept)
+    assert one.same(one.load())
+
+
 def test_parameters_of_any_stride(one):
     """A single value may stand in memory in any stride; of numbers, only the values count."""
     model = build(one.model.config).model
