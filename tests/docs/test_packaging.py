@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PARTS = ("modeling_mc", "kernels", "conversion", "hub", "cli", "training")
+PARTS = ("modeling_mc", "kernels", "conversion", "hub", "cli", "training", "serving")
 
 # A stand-in for the PyPI package `kernels`, of a version that Transformers accepts and therefore imports from.
 FAKE_KERNELS = '''
