@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..hub.inputs import check_extras, read_json
+from ..hub.inputs import check_attention, check_extras, read_json
 from .reader import open_weights
 
 
@@ -70,13 +70,15 @@ def read_config(path: Path) -> dict:
     """A config.json as it is written.
 
     Raises:
-        ValueError: no JSON, or not a dictionary.
+        ValueError: no JSON, or not a dictionary, or it names code that loading would fetch.
     """
 
     def decode(value: dict) -> object:  # Transformers writes infinity as a dictionary
         return float(value["__float__"]) if set(value) == {"__float__"} else value
 
-    return read_json(path, decode)
+    config = read_json(path, decode)
+    check_attention(path, config)
+    return config
 
 
 def copy_extras(checkpoint: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ JSON = (
 )
 TEXT = ("merges.txt", "chat_template.jinja")
 EXTRAS = (*JSON, *TEXT, "tokenizer.model")  # what is copied beside weights and config
+NUMBERS = ("max_length", "max_new_tokens", "min_length", "temperature", "top_k", "top_p", "num_beams")  # of generation
 LONGEST = 300  # characters of a value in a message
 
 
@@ -102,6 +103,8 @@ def check_extras(folder: Path) -> list[Path]:
     for path in found:
         if path.name in JSON:
             content = read_json(path)
+            if path.name == "generation_config.json":
+                check_generation(path, content)
             if content.get("auto_map"):
                 raise ValueError(
                     f"{path} names code of its own (auto_map), which is never run here: remove the entry if "
@@ -113,6 +116,28 @@ def check_extras(folder: Path) -> list[Path]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     return found
+
+
+def check_attention(name: str | Path, config: dict) -> None:
+    """
+    Raises:
+        ValueError: an implementation of attention that would be fetched from the Hub.
+    """
+    for field in ("attn_implementation", "_attn_implementation"):
+        value = config.get(field)
+        if value is not None and not (isinstance(value, str) and "/" not in value):
+            raise ValueError(f"{name}: `{field}`={short(repr(value))} is not valid, allowed: a name such as 'sdpa'")
+
+
+def check_generation(path: Path, content: dict) -> None:
+    """
+    Raises:
+        ValueError: a setting of generation that must be a number and is none.
+    """
+    for field in NUMBERS:
+        value = content.get(field)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{path}: `{field}`={short(repr(value))} is not valid, allowed: a number")
 
 
 def read_vocabulary(folder: Path) -> dict[str, int]:

@@ -13,8 +13,10 @@ from ..modeling_mc import model as family
 from ..modeling_mc.registration import AUTO_CLASSES
 from .inputs import (
     EXTRAS,
+    check_attention,
     check_dtype,
     check_extras,
+    check_generation,
     check_ids,
     check_inside,
     check_weight,
@@ -72,10 +74,10 @@ def _check_config(name: str, found: dict) -> None:
             raise ValueError(
                 f"{name}: `{field}`={short(repr(found[field]))} is not valid, allowed: {', '.join(DTYPES[1:])}"
             )
-    for field in ("attn_implementation", "_attn_implementation"):
-        value = found.get(field)
-        if value is not None and not (isinstance(value, str) and "/" not in value):
-            raise ValueError(f"{name}: `{field}`={short(repr(value))} is not valid, allowed: a name such as 'sdpa'")
+    check_attention(name, found)
+    kinds = found.get("architectures") or []
+    if not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ValueError(f"{name}: `architectures`={short(repr(kinds))} is not valid, allowed: a list of names")
     if found.get("transformers_weights") is not None:
         raise ValueError(f"{name}: `transformers_weights` is not supported, rename the file to {WEIGHTS[0]}")
     if not isinstance(found.get("quantization_config") or {}, dict):
@@ -124,7 +126,7 @@ def load_model(
         if not quantised:
             _check_weights(name, revision)
         for file in _fetch(name, ["generation_config.json"], revision):
-            read_json(file)
+            check_generation(file, read_json(file))
         model, report = HEADS[head].from_pretrained(
             name,
             config=config,
@@ -132,6 +134,7 @@ def load_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # the report names them
             output_loading_info=True,
         )
     except SafetensorError as error:

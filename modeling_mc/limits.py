@@ -56,4 +56,6 @@ LARGEST = {
     "conv_kernel_size": 2**10,
     "memory_expansion": 2**10,
     "memory_chunk_size": 2**20,
+    "segment_size": 2**48,
+    "sliding_window": 2**48,
 }

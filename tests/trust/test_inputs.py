@@ -81,7 +81,7 @@ def test_no_code_of_a_checkpoint_runs(copy, tmp_path, monkeypatch):
     for name in ("info", "generate", "bundle", "convert"):
         call(name, copy, tmp_path / f"out-{name}")
     change(copy / "config.json", attn_implementation="someone/kernel")
-    for name in ("info", "generate", "bundle"):
+    for name in ("info", "generate", "bundle", "convert"):
         assert "attn_implementation" in call(name, copy, tmp_path / "out")
     assert not marker.exists()
 
@@ -209,7 +209,13 @@ def test_any_config_ends_in_one_line_and_soon(checkpoint, tmp_path_factory, data
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_hidden_layers", 10**7), ("summaries_per_segment", 10**9), ("hidden_size", 10**12), ("vocab_size", 2**62)],
+    [
+        ("num_hidden_layers", 10**7),
+        ("summaries_per_segment", 10**9),
+        ("sliding_window", 2**60),
+        ("hidden_size", 10**12),
+        ("vocab_size", 2**62),
+    ],
 )
 def test_a_config_is_bounded_before_a_model_is_built(copy, tmp_path, field, value):
     change(copy / "config.json", **{field: value}, layer_types=None, mc_layer_types=None, segment_size=10**9)
@@ -278,6 +284,31 @@ def test_any_damaged_file_ends_in_one_line(checkpoint, tmp_path_factory, data):
             good = False
         assert good or path.name in line, line
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("name", ["generate", "bundle"])
+def test_a_weight_of_another_shape_is_named(copy, tmp_path, name):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][1:].clone()
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    line = call(name, copy, tmp_path / "out")
+    assert "1 mismatched keys" in line and "model.embed_tokens.weight" in line
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("generation_config.json", "max_length", "long"),
+        ("generation_config.json", "temperature", []),
+        ("config.json", "architectures", 5),
+        ("config.json", "segment_size", 10**30),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(copy, tmp_path, file, field, value):
+    change(copy / file, **{field: value})
+    for name in ("generate", "bundle", "convert"):
+        if (field, name) != ("architectures", "convert"):  # which writes its own
+            assert f"`{field}`" in call(name, copy, tmp_path / "out")
 
 
 def test_long_values_are_cut(copy, tmp_path, capsys):
