@@ -1,5 +1,5 @@
-# make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make test-vllm | make lint |
-# make clean. The first call builds .venv; later calls reuse it.
+# make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make test-vllm |
+# make test-serve | make test-ui | make lint | make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,8 +16,12 @@ TRAIN_STAMP := $(VENV)/.stamp-train
 GGUF_STAMP := $(VENV)/.stamp-gguf
 TEST_STAMP := $(VENV)/.stamp-test
 DOCS_STAMP := $(VENV)/.stamp-docs
+SERVE_STAMP := $(VENV)/.stamp-serve
+# Gradio holds other packages below versions that the rest would take
+UI := .venv-ui
+UI_STAMP := $(UI)/.stamp-test
 
-.PHONY: demo smollm2 test trust test-oldest test-vllm docs lint clean
+.PHONY: demo smollm2 test trust test-oldest test-vllm test-serve test-ui docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -43,6 +47,14 @@ SEED ?= $(shell date +%s)
 trust: $(TEST_STAMP)
 	@echo "SEED=$(SEED)"
 	MC_TRUST_EXAMPLES=1000 $(BIN)/python -m pytest -n 2 tests/trust --timeout=0 --hypothesis-seed=$(SEED)
+
+# a server for OpenAI's clients, which `make test` skips where the extra `serve` is missing
+test-serve: $(SERVE_STAMP)
+	$(BIN)/python -m pytest tests/serving/test_server.py
+
+# the page that shows a memory, in a headless Chromium where there is one
+test-ui: $(UI_STAMP)
+	$(UI)/bin/python -m pytest tests/serving/test_page.py
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests
@@ -85,6 +97,16 @@ $(TEST_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 
 $(DOCS_STAMP): $(TORCH_STAMP) setup.py pyproject.toml
 	$(BIN)/python -m pip install -e ".[docs]"
+	touch $@
+
+$(SERVE_STAMP): $(TEST_STAMP)
+	$(BIN)/python -m pip install -e ".[test,serve]"
+	touch $@
+
+$(UI_STAMP): setup.py pyproject.toml
+	test -x $(UI)/bin/python || $(PYTHON) -m venv $(UI)
+	$(UI)/bin/python -m pip install torch==2.13.0
+	$(UI)/bin/python -m pip install -e ".[test,ui]" selenium
 	touch $@
 
 $(OLDEST_STAMP): setup.py pyproject.toml

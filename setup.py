@@ -13,6 +13,8 @@ from setuptools.command.build_py import build_py
 TRAIN = ["peft", "datasets", "matplotlib"]
 GGUF = ["gguf>=0.17"]
 SFT = ["trl>=1", *TRAIN]
+SERVE = ["transformers[serving]"]
+UI = ["gradio>=5"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff"]
 TEST = [
     "pytest",
@@ -75,7 +77,7 @@ setup(
         "huggingface-hub",
         'triton; platform_system=="Linux"',
     ],
-    extras_require={"train": TRAIN, "gguf": GGUF, "sft": SFT, "test": TEST, "docs": DOCS},
+    extras_require={"train": TRAIN, "gguf": GGUF, "sft": SFT, "serve": SERVE, "ui": UI, "test": TEST, "docs": DOCS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

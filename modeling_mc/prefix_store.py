@@ -179,8 +179,11 @@ class PrefixStore:
         if cache is not None:
             cache.layers, cache.filled_by = made.layers, made.filled_by
             made = cache
-        # the rest is one token, which older versions of Transformers would read in pieces with all that is known
-        return {CACHE_NAME: made, "attention_mask": mask, "prefill_chunk_size": None}
+        changed = {CACHE_NAME: made, "attention_mask": mask}
+        if asked("prefill_chunk_size") is not None:
+            # the rest is one token, which older versions of Transformers would read in pieces with all that is known
+            changed["prefill_chunk_size"] = None
+        return changed
 
     # ---------------------------------------------------------------------------------------------------- one prompt
     def _cannot(self, rows: int, unsupported: bool) -> None:

@@ -54,9 +54,13 @@ def register_layer_type(mask: Callable, static_layer: type[CacheLayerMixin]) -> 
 
 
 def register_auto_classes(models: Iterable[type]) -> None:
-    """Make the Auto classes know the family. Only the package does: of a repository's code `auto_map` says it."""
+    """Make the Auto classes know the family. Only the package does: of a repository's code `auto_map` says it.
+
+    The models also become names of `transformers` itself, where `transformers serve` looks for its classes.
+    """
     AutoConfig.register(MCConfig.model_type, MCConfig)
     for model in models:
+        setattr(transformers, model.__name__, model)
         getattr(transformers, AUTO_CLASSES[model.__name__]).register(MCConfig, model)
 
 
