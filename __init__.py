@@ -18,6 +18,7 @@ from .modeling_mc.model import (
 from .modeling_mc.prefix_store import PrefixStore
 from .modeling_mc.registration import register_auto_classes
 from .modeling_mc.rnn import CachedRNN, wrap_rnn
+from .modeling_mc.stream import Stream
 from .modeling_mc.warmup import warmup
 from .tokenization_mc import byte_tokenizer
 
@@ -43,6 +44,7 @@ __all__ = [
     "MCPreTrainedModel",
     "MemoryCaching",
     "PrefixStore",
+    "Stream",
     "byte_tokenizer",
     "make_cache",
     "plot_gates",

@@ -1,6 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """MCCache: the memory of a text, as users handle it."""
 
+import copy
 import os
 import warnings
 import weakref
@@ -16,14 +17,16 @@ from .cache_layer import MCCacheLayer, is_memory_layer, own_layer
 from .cache_layer import MCStaticCacheLayer as MCStaticCacheLayer  # pickles of earlier versions look for it here
 from .fingerprint import fingerprint, sampled_fingerprints
 from .memory_check import check_description, check_values, num_tokens_of
-from .memory_file import reading, write
+from .memory_file import MemoryFile, reading, write
+from .rollback import Rollback
 from .standing import NOTED, attention_at, check_stands, fill_attention, memory_at
-from .storage import Kept
+from .storage import INT4, Kept
 from .summary import Summary
-from .transaction import transaction_of
+from .transaction import Transaction, transaction_of
 
 
-STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+OF_A_STREAM = "stream."  # tensors of a memory file that are not of the cache
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16, torch.int8, INT4)
 
 
 class ModelRef(weakref.ref):
@@ -43,8 +46,8 @@ class MCCache(DynamicCache):
         config: the model's config.
         offload_segments: keep the states of finished segments in host memory; only their summaries stay on the
             device, and "ssc" fetches just the chosen states.
-        state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16 or torch.int8
-            (one scale per row of a state). Anything but None is an approximation.
+        state_dtype: how finished segments' states are stored: None (fp32), torch.bfloat16, torch.float16, torch.int8
+            or "int4" (one scale per row of a state). Anything but None is an approximation.
         keep_borders: note at every border what else it takes to stand there again (`at_segment`, `rewind`): tails of
             convolutions, and running states that are not kept exactly.
         kwargs: of `DynamicCache`.
@@ -65,7 +68,7 @@ class MCCache(DynamicCache):
         config: PreTrainedConfig | None = None,
         *,
         offload_segments: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         keep_borders: bool = False,
         **kwargs,
     ) -> None:
@@ -224,6 +227,55 @@ class MCCache(DynamicCache):
         rows = [int(layer.position.min()) for layer in self.memory_layers if layer.is_initialized]
         return model, Borders.of(model.config), min(rows, default=int(self.get_seq_length()))
 
+    def detached(self) -> "MCCache":
+        """A copy that gradients do not pass: for truncated back-propagation, from piece to piece of a long text.
+
+        Raises:
+            ValueError: a static cache, or a forward into this one did not end.
+        """
+        self._check_whole()
+        if any(layer.is_compileable for layer in self.layers):
+            raise ValueError("detached needs a dynamic cache: tensors of a static one stay where they are")
+        new = copy.copy(self)
+        new.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in new.layers:
+            if is_memory_layer(layer):
+                layer.storage, layer.rollback = copy.copy(layer.storage), Rollback()
+                layer.storage.snapshot, layer.transaction = None, Transaction()
+                layer.storage.map(lambda t: t.detach().clone())
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
+        return new
+
+    def begin_rows(self, rows: torch.Tensor, model: nn.Module) -> None:
+        """Some rows begin a new text: what they read is forgotten, as if each were the row of a new cache. Gradients
+        reach the learned first states of memories. `get_seq_length` is the longest row's number of tokens then.
+
+        Args:
+            rows: `[B]` bool. model: the one that fills this cache.
+
+        Raises:
+            ValueError: another shape or dtype, beside attention layers, a static cache, while tokens are recorded for
+                `crop` or borders noted, or a forward into this cache did not end.
+        """
+        self._check_whole()
+        if not any(layer.is_initialized for layer in self.layers):
+            return
+        if rows.dtype != torch.bool or tuple(rows.shape) != (self._rows,):
+            raise ValueError(
+                f"`rows` must be bool of shape ({self._rows},), got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        mixers = {module.layer_idx: module for module in model.modules() if hasattr(module, "cache_signature")}
+        records = [x.is_compileable or x.record_past or x.keep_borders for x in self.memory_layers]
+        if len(mixers) < len(self.layers) or any(records):
+            raise ValueError(
+                "begin_rows needs a dynamic cache of memory layers alone, of all layers of `model`, that records "
+                "nothing for `crop` or `rewind`"
+            )
+        for index, layer in enumerate(self.layers):
+            layer.check(mixers[index].cache_signature, self._rows)
+            mixers[index].begin_rows(layer, rows)
+
     def _check_whole(self) -> None:
         """Refuse a cache that a forward has left half-written, or is writing into."""
         if (transaction := transaction_of(self)) is not None:
@@ -252,6 +304,10 @@ class MCCache(DynamicCache):
             ValueError: nothing was read into the cache yet, the model that filled it is gone and not passed, or a
                 forward into it did not end.
         """
+        write(directory, *self._contents(model))
+
+    def _contents(self, model: nn.Module | None) -> tuple[dict[str, torch.Tensor], dict]:
+        """Tensors and description of a memory file. Args and errors: as of `save_pretrained`."""
         self._check_whole()
         if not self.layers or not all(layer.is_initialized for layer in self.layers):
             raise ValueError("an empty cache cannot be saved: run the model on a text first")
@@ -276,7 +332,7 @@ class MCCache(DynamicCache):
         base = getattr(model, getattr(model, "base_model_prefix", ""), model)
         meta = {"layers": layers, "state_dtype": dtype, "fingerprint": fingerprint(base)}
         check_values(tensors, int(self.get_seq_length()), Borders.of(base.config))
-        write(directory, tensors, meta)
+        return tensors, meta
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: nn.Module, **kwargs) -> "MCCache":
@@ -292,16 +348,21 @@ class MCCache(DynamicCache):
             ValueError: the file is damaged, was written by a model of another architecture or other weights, or holds
                 what no cache of `model` can hold.
         """
-        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
-        cache = cls(config=getattr(base, "config", None), state_dtype=None, **kwargs)
         with reading(directory) as file:
-            meta = file.meta
-            _check_writer(meta, base)
-            for layer in cache.memory_layers:
-                layer.kept_dtype = _state_dtype(meta)
-            check_description(meta, file.found, base, cache.layers)
-            tensors = file.tensors()
-            check_values(tensors, num_tokens_of(meta, file.found, cache.layers), Borders.of(base.config))
+            return cls._of_file(file, model, **kwargs)
+
+    @classmethod
+    def _of_file(cls, file: MemoryFile, model: nn.Module, **kwargs) -> "MCCache":
+        """The memory in an open file. Args and errors: as of `from_pretrained`."""
+        base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        cache, meta = cls(config=getattr(base, "config", None), state_dtype=None, **kwargs), file.meta
+        _check_writer(meta, base)
+        for layer in cache.memory_layers:
+            layer.kept_dtype = _state_dtype(meta)
+        found = {name: about for name, about in file.found.items() if not name.startswith(OF_A_STREAM)}
+        check_description(meta, found, base, cache.layers)
+        tensors = {name: tensor for name, tensor in file.tensors().items() if name in found}
+        check_values(tensors, num_tokens_of(meta, found, cache.layers), Borders.of(base.config))
         for index, (layer, about) in enumerate(zip(cache.layers, meta["layers"], strict=True)):
             device = next(base.layers[index].parameters()).device
             parts = {n.split(".", 1)[1]: t.to(device) for n, t in tensors.items() if n.split(".", 1)[0] == str(index)}
@@ -377,7 +438,7 @@ def _check_writer(meta: dict, model: nn.Module) -> None:
         )
 
 
-def _state_dtype(meta: dict) -> torch.dtype | None:
+def _state_dtype(meta: dict) -> torch.dtype | str | None:
     names = {str(dtype).removeprefix("torch."): dtype for dtype in STATE_DTYPES}
     name = meta.get("state_dtype")
     if not isinstance(name, str) or name not in names:

@@ -144,6 +144,14 @@ class Slots:
         layer.storage.extend(("state.",), self.lead + levels, copy_last=True)
         layer.storage.extend(("sums",), levels, copy_last=True)
 
+    def shrink(self, layer: MCCacheLayer) -> None:
+        """Give up the room that no row needs since some have begun anew; the longest row is the length from now on."""
+        layer.num_tokens = total = int(layer.position.max())
+        levels = self.num_levels(total, True)
+        layer.storage.cut(("kept.", "scale.", "summaries"), self.num_slots(total))
+        layer.storage.cut(("state.",), self.lead + levels)
+        layer.storage.cut(("sums",), levels)
+
     # ------------------------------------------------------------------------------------- standing at a border again
     def note(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.shared.ops import widest
 from .borders import Borders
 from .cache_layer import MCCacheLayer
 from .history import NEVER, Caches, GatesReceived, History, Level
@@ -21,7 +22,8 @@ class Occupants:
 
     Attributes:
         segment: `[R, S]` int64, number of the segment in the slot, -1 = empty.
-        received: `[R, S]` fp32, sum over tokens of the mean over heads of the gates that it received.
+        received: `[R, S]` float64, sum over tokens of the mean over heads of the gates that it received. In fp32 the
+            sum of a segment that stays would stop growing after some 10^7 tokens.
     """
 
     def __init__(self, segment: torch.Tensor, received: torch.Tensor) -> None:
@@ -32,7 +34,7 @@ class Occupants:
         age = position[:, None] - borders.start(self.segment + 1)
         mean = (self.received / age.clamp(min=1)).masked_fill(self.segment < 0, -1.0)
         least = mean == mean.amin(1, keepdim=True)
-        return self.segment.masked_fill(~least, NEVER).argmin(1)
+        return self.segment.masked_fill(~least, torch.iinfo(torch.int64).max).argmin(1)
 
     def read(self, gates: torch.Tensor, real: torch.Tensor) -> None:
         """Count gates `[R, T, H, S]` of the tokens that `real` `[R, T]` marks."""
@@ -65,9 +67,10 @@ class LeastReadHistory(History):
 
     def _occupants(self, layer: MCCacheLayer | None, rows: int, device: torch.device) -> Occupants:
         if layer is not None and "segment" in layer.tensors:
-            return Occupants(layer.tensors["segment"], layer.tensors["received"])
+            received = layer.tensors["received"].to(widest(device))  # files of earlier versions have fp32
+            return Occupants(layer.tensors["segment"], received)
         shape = (rows, self.max_segments)
-        return Occupants(torch.full(shape, -1, device=device), torch.zeros(shape, device=device))
+        return Occupants(torch.full(shape, -1, device=device), torch.zeros(shape, device=device, dtype=widest(device)))
 
     def begin(self, layer: MCCacheLayer, rows: int, sums_shape: tuple | None, device, dtype) -> None:
         super().begin(layer, rows, sums_shape, device, dtype)

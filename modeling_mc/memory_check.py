@@ -112,7 +112,9 @@ def _of_memory(
         elif name.startswith(("kept.", "scale.", "summaries")):
             size = (slots, *size[1:])
         # what convolutions hold is in the dtype of the forward, which autocast may have chosen
-        expected[name] = FLOATS if name.startswith("conv.") else (tensor.dtype,), (rows, *size)
+        # and gates received were fp32 in earlier versions
+        free = name.startswith("conv.") or name == "received"
+        expected[name] = FLOATS if free else (tensor.dtype,), (rows, *size)
     return expected
 
 
@@ -141,6 +143,8 @@ def check_values(tensors: dict[str, torch.Tensor], num_tokens: int, borders: Bor
             raise ValueError(f"tensor {name!r} holds scales that are not positive")
         if tensor.dtype == torch.int8 and bool((tensor < -127).any()):
             raise ValueError(f"tensor {name!r} holds codes below -127")
+        if tensor.dtype == torch.uint8 and bool(((tensor & 15 == 0) | (tensor >> 4 == 0)).any()):
+            raise ValueError(f"tensor {name!r} holds codes below -7")
         if kind != "position":
             continue
         if not bool(((tensor >= 0) & (tensor <= num_tokens)).all()):

@@ -29,6 +29,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 Described = dict[str, tuple[torch.dtype | str, tuple[int, ...]]]  # dtype and shape by name; str: none that we write

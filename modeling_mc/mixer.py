@@ -20,10 +20,10 @@ from .cache_layer import MCCacheLayer, memory_layer
 from .fenwick import FenwickHistory
 from .history import Caches, History, Level
 from .least_read import LeastReadHistory
-from .memories import MEMORIES, Bias, Memory
+from .memories import MEMORIES, Bias, Memory, State
 from .norms import make_output_norm, unit
 from .read_gates import GateLog, ReadGates, by_segment
-from .segments import SegmentTable
+from .segments import SegmentTable, rows_where
 from .summary import Summary
 
 
@@ -127,7 +127,7 @@ class Mixer(nn.Module):
             k, v = coarse.clear(coarse.to_grid(parts.k)), coarse.clear(coarse.to_grid(parts.v))
             gates = {name: coarse.clear(coarse.to_grid(gate)) for name, gate in parts.gates.items()}
             running = before and before.storage.group("state")
-            state = before and tuple(part[:, lead + bit] for part in running)
+            state = before and self._resumed(tuple(part[:, lead + bit] for part in running), coarse)
             inputs = (coarse.to_grid(parts.q) if bit else q, k, v, gates, coarse)
             if lead and not bit:
                 written = self.memory.write_running(*inputs, before and tuple(part[:, 0] for part in running), state)
@@ -178,6 +178,15 @@ class Mixer(nn.Module):
             found.append(by_segment(past, online, caches.number, columns))
         return torch.stack(found, 1).reshape(*q.shape[:4], columns + 1)
 
+    def _resumed(self, state: State, table: SegmentTable) -> State:
+        """Where the first grid segments go on, `[R, H, ...]`: from the cached state. One that is about to begin starts
+        from M_0 itself, which is the same, so that gradients reach M_0 from behind a detached cache."""
+        if self.carry or not torch.is_grad_enabled():
+            return state
+        begins = table.borders.offset(table.position) == 0
+        fresh = self.memory.initial_state(len(begins), begins.device, state[0].dtype)
+        return tuple(rows_where(begins, new, old) for new, old in zip(fresh, state, strict=True))
+
     # ------------------------------------------------------------------------------------------------ token by token
     def _tokens(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer, begin: int = 0) -> torch.Tensor:
         """Answers `[R, T, H, dv]`, one token after the other: decoding, and the specification of `_grid`."""
@@ -194,6 +203,14 @@ class Mixer(nn.Module):
         """Fill an empty layer of a cache with what it is before the first token."""
         sums = (self.num_heads, self.config.summaries_per_segment, self.summary_dim)
         self.history.begin(layer, rows, sums if self.aggregation.uses_gates else None, device, dtype)
+
+    def begin_rows(self, layer: MCCacheLayer, rows: torch.Tensor) -> None:
+        """Let the rows `rows` `[B]` bool of a filled layer be what they are before the first token."""
+        start = MCCacheLayer()
+        start.kept_dtype = layer.kept_dtype
+        self.begin(start, 1, layer.device, layer.tensors["state.0"].dtype)
+        layer.storage.restart(rows, start.tensors)
+        self.history.shrink(layer)
 
     def _token(
         self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, table: SegmentTable, time: int

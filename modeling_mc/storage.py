@@ -5,9 +5,14 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.step.decode import fetch
+from ..kernels.step.decode import fetch, pack
 from ..kernels.step.slot import slot_write
 from .memories import State
+
+
+INT4 = "int4"  # torch has no such dtype: two codes per byte
+ZEROS = 0x88  # the byte of two
+LARGEST = {torch.int8: 127, INT4: 7}  # codes of quantised states, of either sign
 
 
 class Storage:
@@ -17,7 +22,7 @@ class Storage:
         tensors: `[B, ...]` each.
         num_tokens: how many tokens were read into them, padding included.
         kept_dtype: how states of finished segments (`kept.i`) are stored: None (as computed), a float dtype, or
-            torch.int8, with one scale per row of a state (`scale.i`).
+            torch.int8 or "int4", with one scale per row of a state (`scale.i`).
         kept_device: where those states are stored; None = where they are computed.
         snapshot: the tensors and the count that `go_back` returns to, or None.
         shared: tensors by name that another cache holds too: they are not overwritten.
@@ -26,7 +31,7 @@ class Storage:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.num_tokens: int | torch.Tensor = 0
-        self.kept_dtype: torch.dtype | None = None
+        self.kept_dtype: torch.dtype | str | None = None
         self.kept_device: torch.device | None = None
         self.snapshot: tuple[dict[str, torch.Tensor], int | torch.Tensor] | None = None
         self.shared: dict[str, torch.Tensor] = {}
@@ -54,10 +59,12 @@ class Storage:
         if not name.startswith("kept."):
             return {name: value}
         device = self.kept_device or value.device
-        if self.kept_dtype != torch.int8:
+        if self.kept_dtype not in LARGEST:
             return {name: value.to(device, self.kept_dtype or value.dtype)}
-        scale = (value.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(value.dtype).tiny)
+        largest = LARGEST[self.kept_dtype]
+        scale = (value.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(value.dtype).tiny)
         coded = (value / scale).round().to(torch.int8)
+        coded = pack(coded) if self.kept_dtype == INT4 else coded
         return {name: coded.to(device), name.replace("kept.", "scale."): scale.to(device)}
 
     def _set(self, name: str, value: torch.Tensor) -> None:
@@ -73,8 +80,8 @@ class Storage:
         self, name: str, value: torch.Tensor, slot: torch.Tensor, keep: torch.Tensor, backend: str = "torch"
     ) -> None:
         """Write `value` `[B, L, ...]` into slots `slot` `[B, L]` of tensor `name` where `keep` `[B, L]` is set; see
-        `kernels.step.slot`. int8 is coded by torch."""
-        coded = self.kept_dtype == torch.int8 and name.startswith("kept.")
+        `kernels.step.slot`. Quantised states are coded by torch."""
+        coded = self.kept_dtype in LARGEST and name.startswith("kept.")
         for part, new in (self._encode(name, value) if coded else {name: value}).items():
             old = self.tensors[part]
             overwrite = self._in_place(part, old, new)
@@ -90,13 +97,32 @@ class Storage:
         return not (torch.is_grad_enabled() or new.requires_grad or old.requires_grad or shared)
 
     def extend(self, prefixes: tuple[str, ...], size: int, copy_last: bool = False) -> None:
-        """Lengthen dimension 1 of the tensors of these names to `size`, with zeros or copies of the last entry."""
+        """Lengthen dimension 1 of the tensors of these names to `size`, with zeros (as they are coded) or copies of
+        the last entry."""
         for name, stack in self.tensors.items():
             missing = size - stack.shape[1] if name.startswith(prefixes) else 0
             if missing > 0:
                 more = stack[:, -1:].expand(-1, missing, *stack.shape[2:])
-                self.tensors[name] = torch.cat([stack, more if copy_last else torch.zeros_like(more)], 1)
+                if not copy_last:
+                    zero = torch.finfo(stack.dtype).tiny if name.startswith("scale.") else 0
+                    more = torch.full_like(more, ZEROS if stack.dtype == torch.uint8 else zero)
+                self.tensors[name] = torch.cat([stack, more], 1)
                 self.shared.pop(name, None)
+
+    def cut(self, prefixes: tuple[str, ...], size: int) -> None:
+        """Shorten dimension 1 of the tensors of these names to `size`, where it is longer."""
+        for name, stack in self.tensors.items():
+            if name.startswith(prefixes) and stack.shape[1] > size:
+                self.tensors[name] = stack[:, :size].contiguous()
+
+    def restart(self, rows: torch.Tensor, start: dict[str, torch.Tensor]) -> None:
+        """Put `start` `[1, ...]` in the place of the rows `rows` `[B]` bool: its first of dimension 1 for all of it,
+        and zeros for tensors that it lacks. Nothing is overwritten."""
+        for name, tensor in self.tensors.items():
+            new = start.get(name, tensor.new_zeros(1, *tensor.shape[1:]))
+            new = new[:, :1] if new.dim() > 1 else new
+            self._set(name, torch.where(rows.to(tensor.device)[(..., *[None] * (tensor.dim() - 1))], new, tensor))
+            self.shared.pop(name, None)
 
     def count(self, num_tokens: int) -> None:
         """`num_tokens` more were read."""
@@ -199,7 +225,7 @@ class Kept:
         self.num_slots = storage.tensors["kept.0"].shape[1]
 
     def stored(self, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tensor `number` of all states `[B, S, H, ...]` as it is stored, and the scale of int8 ones."""
+        """Tensor `number` of all states `[B, S, H, ...]` as it is stored, and the scale of quantised ones."""
         return self.storage.tensors[f"kept.{number}"], self.storage.tensors.get(f"scale.{number}")
 
     def all(self) -> State:

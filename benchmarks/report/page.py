@@ -13,12 +13,13 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.report import tables
+from benchmarks.report import sequences, tables
 from benchmarks.report.figures import Figure
 
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, IMAGES = ROOT / "docs" / "results.md", ROOT / "docs" / "images"
+PARTS = tables.PARTS | sequences.PARTS
 MARKED = re.compile(r"<!-- made: (?P<name>\S+) -->\n.*?<!-- end: (?P=name) -->", re.DOTALL)
 
 
@@ -31,15 +32,13 @@ def made(text: str) -> tuple[str, list[Figure]]:
     figures: list[Figure] = []
 
     def fill(marked: re.Match) -> str:
-        parts = tables.PARTS[marked["name"]]()
+        parts = PARTS[marked["name"]]()
         figures.extend(part for part in parts if isinstance(part, Figure))
         return "\n\n".join([f"<!-- made: {marked['name']} -->", *map(str, parts), f"<!-- end: {marked['name']} -->"])
 
     names = [found["name"] for found in MARKED.finditer(text)]
-    if unknown := set(names) - tables.PARTS.keys():
-        raise ValueError(
-            f"{PAGE.name} has markers of {', '.join(sorted(unknown))}, allowed: {', '.join(tables.PARTS)}"
-        )
+    if unknown := set(names) - PARTS.keys():
+        raise ValueError(f"{PAGE.name} has markers of {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
     if hidden := {path.stem for path in tables.RESULTS.glob("*.jsonl")} - set(names):
         raise ValueError(f"{PAGE.name} has no markers for {', '.join(sorted(hidden))}: write a section about it")
     return MARKED.sub(fill, text), figures

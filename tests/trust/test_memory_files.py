@@ -33,6 +33,7 @@ KINDS = {
         {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},
         torch.int8,
     ),
+    "int4": ({"max_cached_segments": 2}, "int4"),
 }
 
 
