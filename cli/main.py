@@ -131,8 +131,9 @@ def _card_arguments(args: argparse.Namespace) -> dict:
 
 def run_bundle(args: argparse.Namespace) -> None:
     from ..hub.bundle import bundle
+    from ..hub.space import space
 
-    output = bundle(
+    output = (space if args.space else bundle)(
         args.checkpoint,
         args.output,
         args.repo_id,
@@ -284,6 +285,7 @@ def _bundle_parser(commands) -> None:
         **examples(
             "bundle outputs/demo/model outputs/demo/bundle --repo-id me/my-model",
             "bundle checkpoint-500 out --results eval.json --license apache-2.0 --language en",
+            "bundle outputs/demo/model outputs/demo/space --space",
         ),
     )
     _add_checkpoint(parser)
@@ -292,6 +294,7 @@ def _bundle_parser(commands) -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument("--no-verify", action="store_true", help="do not load the result in a process of its own")
+    parser.add_argument("--space", action="store_true", help="a Space: the bundle in its folder `model`, and a page")
     _add_card(parser)
     parser.set_defaults(run=run_bundle)
 

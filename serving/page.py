@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """A page that shows a memory: read a long text once, ask, and see which of its segments the answer was read from.
 
-This file needs no other one of the package: a copy of it shows a bundle in the folder `model` beside it.
+This file needs no other one of the package: `bundle --space` copies it beside a model.
 """
 
 import argparse
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=str(Path(__file__).with_name("model")))
     folder = parser.parse_args().folder
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-    launch(model, AutoTokenizer.from_pretrained(folder))
+    launch(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True))
 
 
 if __name__ == "__main__":
