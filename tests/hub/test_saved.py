@@ -100,11 +100,11 @@ def test_checkpoints_and_memories_of_earlier_versions_load(saved):
     model, report = AutoModelForCausalLM.from_pretrained(saved / "checkpoint", output_loading_info=True)
     assert type(model) is mc.MCForCausalLM and not report["missing_keys"] and not report["unexpected_keys"]
     ids, logits = expected["input_ids"], expected["logits"]
-    torch.testing.assert_close(model.eval()(ids).logits, logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.eval()(ids).logits, logits, rtol=1e-4, atol=1e-4)
     with pytest.warns(UserWarning, match="format 1"):
         cache = mc.MCCache.from_pretrained(saved / "memory", model)
     rest = slice(cache.get_seq_length(), None)
-    torch.testing.assert_close(model(ids[:, rest], cache=cache).logits, logits[:, rest], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(ids[:, rest], cache=cache).logits, logits[:, rest], rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(saved / "checkpoint")("a c")["input_ids"] == [2, 4]
 
 
@@ -115,7 +115,7 @@ def test_bundles_of_earlier_versions_load_alone(saved, tmp_path, monkeypatch):
     code = f"""
 expected = load_file({str(saved / "expected.safetensors")!r})
 model = AutoModelForCausalLM.from_pretrained("bundle", trust_remote_code=True).eval()
-torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"], rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(model(expected["input_ids"]).logits, expected["logits"], rtol=1e-4, atol=1e-4)
 show(type(model).__module__.split(".")[0])
 show(AutoTokenizer.from_pretrained("bundle", trust_remote_code=True)("a c")["input_ids"])
 """
