@@ -1,6 +1,6 @@
 """A trained Transformer becomes a hybrid: half of its attention layers turn into memory layers and learn their work.
 
-    python examples/linearize.py                      # about 4 minutes on a CPU; --help lists the options
+    python examples/linearize.py                      # about 2 minutes of CPU time; --help lists the options
 
     llama      trains a byte-level Llama on Python's own documentation: the model to convert
     distil     `mc-transformers distil`: the layers that cost least become memory layers; they start in closed form,
@@ -39,11 +39,11 @@ class LinearizeConfig:
     heads: int = HfArg(default=4, help="its heads")
     block: int = HfArg(default=256, help="tokens per sequence")
     batch: int = HfArg(default=8, help="sequences per step")
-    eval_blocks: int = HfArg(default=100, help="held-out sequences that a loss is measured on, at most")
-    steps: int = HfArg(default=500, help="steps of training the Llama")
+    eval_blocks: int = HfArg(default=40, help="held-out sequences that a loss is measured on, at most")
+    steps: int = HfArg(default=250, help="steps of training the Llama")
     lr: float = HfArg(default=3e-3, help="their peak learning rate")
-    match_steps: int = HfArg(default=200, help="steps of matching the attention layers' answers")
-    end_steps: int = HfArg(default=100, help="steps of learning the Llama's logits")
+    match_steps: int = HfArg(default=100, help="steps of matching the attention layers' answers")
+    end_steps: int = HfArg(default=50, help="steps of learning the Llama's logits")
     seed: int = HfArg(default=0, help="seed of weights and of the order of data")
 
 
