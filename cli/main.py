@@ -136,10 +136,10 @@ def run_bundle(args: argparse.Namespace) -> None:
     output = (space if args.space else bundle)(
         args.checkpoint,
         args.output,
-        args.repo_id,
-        args.revision,
-        args.max_shard_size,
-        args.overwrite,
+        repo_id=args.repo_id,
+        revision=args.revision,
+        max_shard_size=args.max_shard_size,
+        overwrite=args.overwrite,
         verify=not args.no_verify,
         **_card_arguments(args),
     )

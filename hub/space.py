@@ -2,11 +2,9 @@
 """A folder that is a Hub Space: a page that shows a model's memory, and the model."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from .bundle import bundle, has_tokenizer
-from .card import Metadata, Result
 from .files import new_folder, write_file
 from .flat import ROOT
 
@@ -30,16 +28,13 @@ def space(
     output: str | Path,
     repo_id: str | None = None,
     revision: str | None = None,
-    max_shard_size: str = "5GB",
     overwrite: bool = False,
-    verify: bool = True,
-    metadata: Metadata | None = None,
-    results: Sequence[Result] = (),
+    **options: object,
 ) -> Path:
     """Write a Space: `app.py`, `requirements.txt`, `README.md` and, in `model/`, a bundle, which needs no package.
 
     Args:
-        as of `bundle`.
+        as of `bundle`, which also takes the options.
 
     Raises:
         ValueError: the checkpoint has no tokenizer. The others as of `bundle`.
@@ -49,8 +44,7 @@ def space(
     if not has_tokenizer(checkpoint, revision):
         raise ValueError(f"{checkpoint} has no tokenizer, and the page of a Space takes text")
     with new_folder(output, overwrite, checkpoint) as folder:
-        more = {"verify": verify, "metadata": metadata, "results": results}
-        bundle(checkpoint, folder / "model", name, revision, max_shard_size, **more)
+        bundle(checkpoint, folder / "model", name, revision, **options)
         write_file(folder / "app.py", PAGE.read_text("utf-8"))
         write_file(folder / "requirements.txt", REQUIREMENTS)
         write_file(folder / "README.md", README.format(title=json.dumps(f"The memory of {name}"), name=name))

@@ -118,24 +118,33 @@ def interrupt(thread: int) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
+GREEDY = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def generate_interrupted(model, ids: torch.Tensor, seconds: float) -> MCCache:
+    """The cache of a `generate` that Ctrl-C stops after so many seconds, or that ends before."""
+    cache = MCCache(config=model.config)
+    timer = threading.Timer(seconds, interrupt, [threading.get_ident()])
+    timer.start()
+    try:
+        model.generate(ids, cache=cache, **GREEDY)
+        timer.cancel()
+        time.sleep(0.01)
+    except KeyboardInterrupt:
+        pass
+    timer.join()
+    return cache
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_interrupted_at_random_moments(kind):
     """Ctrl-C in `generate`: what the cache says it has read it has, or it is refused."""
     model, ids, moments = make(kind), tokens(1, 12), random.Random(0)
-    whole = model.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0, eos_token_id=None)
+    whole = model.generate(ids, **GREEDY)
     logits, refused = model(whole).logits, 0
     for _ in range(8):
-        cache, me = MCCache(config=model.config), threading.get_ident()
-        timer = threading.Timer(moments.uniform(0.0, 0.15), interrupt, [me])
-        timer.start()
-        try:
-            model.generate(ids, cache=cache, max_new_tokens=60, do_sample=False, pad_token_id=0, eos_token_id=None)
-            timer.cancel()
-            time.sleep(0.01)
-        except KeyboardInterrupt:
-            pass
-        timer.join()
+        cache = generate_interrupted(model, ids, moments.uniform(0.0, 0.15))
         seen = int(cache.get_seq_length())
         try:
             found = model(whole[:, seen : seen + 3], cache=cache).logits

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from checkpoints import Checkpoint, argv
 from harness import Bad, Case, Cases, accepted, expect, raises
-from test_transactions import KINDS, Planted, break_at, interrupt, make
+from test_transactions import GREEDY, KINDS, Planted, break_at, generate_interrupted, make
 
 from helpers import build, relative_error, small_config, tokens
 from mc_transformers import MCCache
@@ -147,18 +147,8 @@ def interrupted() -> Cases:
         @torch.no_grad()
         def work(place: Path) -> str:
             model, text = make(kind), tokens(1, 12)
-            options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-            whole = model.generate(text, **options)
-            cache, me = MCCache(config=model.config), threading.get_ident()
-            timer = threading.Timer(random.Random(seed).uniform(0.0, 0.3), interrupt, [me])
-            timer.start()
-            try:
-                model.generate(text, cache=cache, **options)
-                timer.cancel()
-                time.sleep(0.01)
-            except KeyboardInterrupt:
-                pass
-            timer.join()
+            whole = model.generate(text, **GREEDY)
+            cache = generate_interrupted(model, text, random.Random(seed).uniform(0.0, 0.3))
             seen = int(cache.get_seq_length())
             try:
                 found = model(whole[:, seen : seen + 3], cache=cache).logits
