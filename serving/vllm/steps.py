@@ -2,8 +2,8 @@
 """What a step of the scheduler asks of the memory layers: pieces of requests, put together into calls of the mixers.
 
 A request's tokens are cut at the ends of blocks where other requests may want to go on from there (prefix caching), so
-that every full block holds what its tokens left. Pieces number i of all requests go together, those of similar length
-as the rows of one batch; decoding is the case of pieces of one token.
+that every full block holds what its tokens left. Pieces that need nothing of each other go together, those of similar
+length as the rows of one batch; decoding is the case of pieces of one token.
 """
 
 from collections import defaultdict
@@ -32,21 +32,34 @@ class Piece:
         return self.begin == 0, (self.end - self.begin).bit_length()
 
 
-def cut(starts: list[int], before: list[int], borders: Borders | None) -> list[list[Piece]]:
-    """Pieces by their number in the request.
+def cut(
+    starts: list[int], before: list[int], borders: Borders | None, blocks: list[list[int]] | None = None
+) -> list[list[Piece]]:
+    """Pieces in waves: what one wave has written, those behind it read.
 
     Args:
         starts: `[R + 1]`, where the tokens of each request stand. before: `[R]`, tokens that each has written.
         borders: of what is not to be passed in one piece; None = of nothing.
+        blocks: the numbers of each request's blocks, one for every stretch between `borders`. A request may begin
+            behind blocks that another one fills in this very step; it then waits for them. None = nobody shares.
     """
     waves: list[list[Piece]] = []
-    for row, (place, stop, begin) in enumerate(zip(starts, starts[1:], before, strict=False)):
-        number, last = 0, begin + stop - place
+    written: dict[int, int] = {}  # the wave that fills a block
+    rows = range(len(before))
+    if blocks is not None:  # who fills a block begins before who shares it
+        rows = sorted(rows, key=before.__getitem__)
+    for row in rows:
+        place, begin, number = starts[row], before[row], 0
+        last = begin + starts[row + 1] - place
+        if blocks is not None:
+            shared = blocks[row][: borders.finished(begin)]
+            number = max((written[block] + 1 for block in shared if block in written), default=0)
         while begin < last:
             end = last if borders is None else min(last, borders.start(borders.finished(begin) + 1))
-            if number == len(waves):
-                waves.append([])
+            waves += [[] for _ in range(number + 1 - len(waves))]
             waves[number].append(Piece(row, place, begin, end))
+            if blocks is not None:
+                written[blocks[row][borders.finished(begin)]] = number
             number, place, begin = number + 1, place + end - begin, end
     return waves
 
@@ -154,7 +167,9 @@ class Planner:
         """In their order. Args: starts, before: as in `cut`. blocks: `[requests, W]` int64, in the order of their
         tokens."""
         found, ends = [], self.history.borders.coarser(self.per_block)
-        for wave in cut(starts, before, ends if self.cuts else None):
+        # a request that has just found its beginning stands at the end of a block; only then numbers are looked at
+        sharing = self.cuts and len(before) > 1 and any(n and ends.offset(n) == 0 for n in before)
+        for wave in cut(starts, before, ends if self.cuts else None, blocks.tolist() if sharing else None):
             kinds: dict[tuple, list[Piece]] = defaultdict(list)
             for piece in wave:
                 kinds[piece.kind].append(piece)

@@ -139,6 +139,20 @@ def test_cut():
     assert [len(wave) for wave in cut([0, 1, 21], [30, 6], None)] == [2]
 
 
+def test_a_beginning_that_is_written_in_the_same_step():
+    """Its readers wait for it, and theirs for them; who shares nothing does not wait."""
+    borders = make()[0].history.borders
+    starts, before = [0, 12, 16, 32, 33], [24, 16, 0, 8]
+    blocks = [[5, 6, 7, 9, 10], [5, 6, 8, 0, 0], [5, 6, 0, 0, 0], [3, 4, 0, 0, 0]]
+    waves = cut(starts, before, borders, blocks)
+    assert [[(p.row, p.begin, p.end) for p in wave] for wave in waves] == [
+        [(2, 0, 8), (3, 8, 9)],
+        [(2, 8, 16)],
+        [(1, 16, 20), (0, 24, 32)],
+        [(0, 32, 36)],
+    ]
+
+
 def zero_kept(views, call):
     views["kept.0"][call.finished.into] = 0
 

@@ -64,7 +64,9 @@ def check(folder, **fields):
     with engine(folder) as llm:
         first, second = answers(llm, texts), answers(llm, texts)
     assert first[0] == wanted and second[0] == wanted
-    assert first[1] == 0 and second[1] >= 64  # hits
+    assert first[1] == 0
+    blocks = 8 if fields.get("segmentation") == "logarithmic" and "layer_types" in fields else 1  # of eight segments
+    assert second[1] >= 64 or blocks * model.config.segment_size > len(texts[-1])  # hits
 
 
 @pytest.mark.parametrize("fields", KINDS + EVERY, ids=name_of)

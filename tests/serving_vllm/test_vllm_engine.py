@@ -54,14 +54,18 @@ def test_what_the_scheduler_does(tmp_path, fields):
         assert first == expected(model, [beginning]) and hits == 0
         texts = [beginning + rest[0], beginning + first[0] + rest[1]]
         found, hits = answers(llm, texts)
-        assert found == expected(model, texts) and hits == 64 + 88  # of the second, 70 + 20 - 1 were written
+        assert found == expected(model, texts)
+        # of the second, 70 + 20 - 1 were written; the last blocks may have gone to others since
+        assert 64 + 64 <= hits <= 64 + 88
         # rows of one length in one call, which preempt each other
         texts = prompts(*[60] * 8, seed=2)
         assert answers(llm, texts)[0] == expected(model, texts)
         # arrivals between steps
         texts = prompts(*[1 + 37 * i % 90 for i in range(24)], seed=3)
         assert serve(llm, texts, [NEW] * len(texts), 0.3) == expected(model, texts)
-        assert metric(llm, "num_preemptions") > 0
+        # where a request holds a few blocks at most, eight of them fit
+        few_blocks = "max_cached_segments" in fields or fields.get("segmentation") == "logarithmic"
+        assert few_blocks or metric(llm, "num_preemptions") > 0
 
 
 @pytest.mark.parametrize("fields", KINDS[1:3], ids=name_of)
@@ -161,11 +165,10 @@ def test_planted_faults_are_seen(tmp_path, monkeypatch, place, fault):
 
 
 REFUSED = {
-    "pipeline_parallel_size": ({}, {"pipeline_parallel_size": 2}, "allowed: 1"),
     "mc_state_dtype": ({}, {"additional_config": {"mc_state_dtype": "int4"}}, "'int8'"),
     "attention": ({"layer_types": ["memory_caching", "full_attention"], "attention": "qwen3_next"}, {}, "'qwen3'"),
     "block_size": ({}, {"block_size": 12}, "multiples of segment_size=8"),
-    "quantization": ({}, {"quantization": "fp8"}, "None"),
+    "quantization": ({}, {"quantization": "fp8", "dtype": "bfloat16"}, "None"),
 }
 
 
