@@ -467,8 +467,9 @@ class MCConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MCConfig":
-        """Config of a published size: "mc-170m", "mc-340m", "mc-760m" or "mc-1.3b" (the paper's Table 6), and
-        "log-linear++" (GRM gates over logarithmic segments, section 5).
+        """Config of a published size: "mc-170m", "mc-340m", "mc-760m" or "mc-1.3b" (the paper's Table 6), of
+        "log-linear++" (GRM gates over logarithmic segments, section 5), or "anchored": a read that starts as the
+        model without caching (not of the paper; sizes are the defaults).
 
         Raises:
             ValueError: no preset of that name.
