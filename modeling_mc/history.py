@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.shared.ops import unobserved
 from ..kernels.step.slot import slot_write
 from .borders import Borders
 from .cache_layer import MCCacheLayer
@@ -115,9 +116,10 @@ class Slots:
         Raises:
             ValueError: they would overwrite earlier segments.
         """
-        if torch.compiler.is_compiling() or not self.keeps:
+        room = layer.bound(num_tokens)
+        if unobserved() or not self.keeps or self.num_slots(room) == self.max_segments:
             return
-        total, room = int(layer.num_tokens) + num_tokens, layer.bound(num_tokens)
+        total = int(layer.num_tokens) + num_tokens
         if self.num_slots(total) > self.num_slots(room):
             raise ValueError(
                 f"`cache` has room for the segments of {room} tokens (`max_cache_len`), and {total} would "

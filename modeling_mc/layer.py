@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..configuration_mc import MCConfig
+from ..kernels.shared.ops import unobserved
 from .cache import MCCache
 from .cache_layer import MCCacheLayer
 from .context_parallel import active_shards, check_shards
@@ -122,7 +123,7 @@ class CachedLayer(nn.Module):
         if tuple(mask.shape) == (rows, num_tokens):
             return mask
         seen = layer.get_seq_length()
-        if not torch.compiler.is_compiling() and tuple(mask.shape) != (rows, int(seen) + num_tokens):
+        if not unobserved() and tuple(mask.shape) != (rows, int(seen) + num_tokens):
             raise ValueError(
                 f"`attention_mask` must have shape {(rows, num_tokens)} or, with what was read, "
                 f"{(rows, int(seen) + num_tokens)}, got {tuple(mask.shape)}"

@@ -25,6 +25,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..configuration_mc import LAYER_TYPE, MCConfig
+from ..kernels.shared.ops import unobserved
 from .attention import make_rotary
 from .block import MCDecoderLayer
 from .cache import MCCache, ModelRef
@@ -335,7 +336,7 @@ class MCModel(MCPreTrainedModel):
         """Memory layers read padding masks only; a mask of another length would be cut to a wrong part of it."""
         if not isinstance(mask, torch.Tensor) or LAYER_TYPE not in self.config.layer_types:
             return
-        if torch.compiler.is_compiling():
+        if unobserved():
             return
         rows, num_tokens = inputs_embeds.shape[:2]
         allowed = [(rows, int(self._seen(past)) + num_tokens)]
@@ -348,7 +349,7 @@ class MCModel(MCPreTrainedModel):
     @staticmethod
     def _refuse_unmarked_packing(position_ids: torch.Tensor | None, attention_mask) -> None:
         """Positions that restart inside a row mean packed documents, whose borders a recurrent layer must know."""
-        if position_ids is None or attention_mask is not None or torch.compiler.is_compiling():
+        if position_ids is None or attention_mask is not None or unobserved():
             return
         if position_ids.shape[-1] > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
             raise ValueError(

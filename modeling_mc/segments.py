@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import nn
 
+from ..kernels.shared.ops import unobserved
 from .borders import Borders
 from .read_gates import GateLog
 from .shards import Shards
@@ -23,7 +24,7 @@ def _documents(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, n
     document numbers `seq_idx` `[1, T]`."""
     if cu_seq_lens is not None:
         cu_seq_lens = cu_seq_lens.reshape(-1).long()
-        if not torch.compiler.is_compiling():
+        if not unobserved():
             values = cu_seq_lens.tolist()
             if len(values) < 2 or values != sorted(values) or (values[0], values[-1]) != (0, num_tokens):
                 raise ValueError(f"`cu_seq_lens_q` must rise from 0 to {num_tokens}, all tokens, got {values}")
@@ -123,7 +124,7 @@ class SegmentTable:
                     "packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache, got "
                     f"batch size {batch_size}{' and a cache' if position is not None else ''}"
                 )
-            if attention_mask is not None and not torch.compiler.is_compiling() and not (attention_mask != 0).all():
+            if attention_mask is not None and not unobserved() and not (attention_mask != 0).all():
                 raise ValueError("packed documents take no padding: `attention_mask` must be None or have no zeros")
             return cls._build_packed(borders, num_tokens, cu_seq_lens.to(device))
 
@@ -145,7 +146,7 @@ class SegmentTable:
     @staticmethod
     def _check_mask_values(mask: torch.Tensor) -> None:
         """A mask of numbers with a fraction may be one that is added to scores, where 0 means a token."""
-        if not mask.is_floating_point() or torch.compiler.is_compiling():
+        if not mask.is_floating_point() or unobserved():
             return
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(

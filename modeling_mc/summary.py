@@ -3,6 +3,7 @@
 
 import torch
 
+from ..kernels.shared.ops import running_sum
 from .borders import Borders, Number
 from .segments import SegmentTable
 
@@ -57,7 +58,7 @@ class Summary:
         totals, products = [], []
         for index in range(self.num_blocks):
             part = source if self.num_blocks == 1 else source * (block == index)[..., None, None]
-            total = part.cumsum(2)
+            total = running_sum(part, 2)
             if sums is not None:
                 resumed = (torch.arange(table.num_segments, device=u.device) == 0).to(total.dtype)
                 total = total + resumed[:, None, None, None] * sums[:, None, None, :, index]

@@ -41,6 +41,24 @@ def budget(device: torch.device, elements: int) -> int:
     return elements if device.type == "cpu" else elements * 64
 
 
+def unobserved() -> bool:
+    """Whether the host cannot look at values now: `torch.compile` traces, or a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def running_sum(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`x.cumsum(dim)` that a GPU can do under `torch.use_deterministic_algorithms`, where its own raises: sums of
+    2, 4, 8, ... neighbours. Autograd looks through it."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return x.cumsum(dim)
+    step, size = 1, x.shape[dim]
+    while step < size:
+        before = torch.zeros_like(x.narrow(dim, 0, step))
+        x = x + torch.cat([before, x.narrow(dim, 0, size - step)], dim)
+        step *= 2
+    return x
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs on the CPU, for tests: it reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -96,9 +96,10 @@ def operand_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def dot_precision(x: torch.Tensor) -> str:
-    """How fp32 operands like x are multiplied: what `torch.set_float32_matmul_precision` says. "tf32x3" is as
-    accurate as fp32, on NVIDIA's tensor cores."""
-    if torch.get_float32_matmul_precision() != "highest":
+    """How fp32 operands like x are multiplied: what `torch.backends.fp32_precision` says, and what was asked for by
+    `torch.set_float32_matmul_precision` (whose getter raises once the first was set). "tf32x3" is as accurate as
+    fp32, on NVIDIA's tensor cores. Half precisions do not ask."""
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee" if chip(x) == "amd" else "tf32x3"
 

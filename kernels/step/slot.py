@@ -9,14 +9,14 @@ them, unless no row is set at all, which it can ask on a CPU only without waitin
 
 import torch
 
-from ..shared.ops import choose_backend, needs_gradient, register_op
+from ..shared.ops import choose_backend, needs_gradient, register_op, unobserved
 
 
 def _written(
     target: torch.Tensor, source: torch.Tensor, slot: torch.Tensor | None, rows: torch.Tensor, overwrite: bool
 ) -> torch.Tensor:
     """See `slot_write`."""
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not rows.any():
+    if rows.device.type == "cpu" and not unobserved() and not rows.any():
         return target
     source = source.to(target.device, target.dtype)
     rows = rows.to(target.device)[(..., *[None] * (target.dim() - 2))]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..shared.ops import running_sum
+
 
 CHUNK = 64  # slots per sub-chunk: the score matrix of a sub-chunk is CHUNK x CHUNK
 
@@ -103,7 +105,7 @@ def decay_matrix(log_decay: torch.Tensor) -> torch.Tensor:
     size = log_decay.shape[-1]
     mask = torch.ones(size, size, dtype=torch.bool, device=log_decay.device)
     terms = log_decay[..., :, None].expand(*log_decay.shape, size).masked_fill(~mask.tril(-1), 0.0)
-    return terms.cumsum(-2).exp().masked_fill(~mask.tril(), 0.0)
+    return running_sum(terms, -2).exp().masked_fill(~mask.tril(), 0.0)
 
 
 class Decay:
@@ -112,7 +114,7 @@ class Decay:
     def __init__(self, log_decay: torch.Tensor | None, example: torch.Tensor) -> None:
         self.given = log_decay is not None
         if self.given:
-            self.matrix, self.from_start = decay_matrix(log_decay), log_decay.cumsum(-1).exp()
+            self.matrix, self.from_start = decay_matrix(log_decay), running_sum(log_decay, -1).exp()
         else:
             self.matrix = example.new_ones(example.shape[-2], example.shape[-2]).tril()
 
@@ -131,8 +133,10 @@ class Decay:
     def backward(self, grad_matrix: torch.Tensor, grad_from_start: torch.Tensor) -> torch.Tensor:
         """Gradient of log a from those of `matrix` and of the products since the start."""
         weighted = (grad_matrix * self.matrix).tril(-1)
-        from_t_on = weighted.flip(-2).cumsum(-2).flip(-2)  # sum over t >= j; entry (t, i) holds log a_j, i < j <= t
-        return from_t_on.tril(-1).sum(-1) + (grad_from_start * self.from_start).flip(-1).cumsum(-1).flip(-1)
+        from_t_on = running_sum(weighted.flip(-2), -2).flip(
+            -2
+        )  # sum over t >= j; entry (t, i) holds log a_j, i < j <= t
+        return from_t_on.tril(-1).sum(-1) + running_sum((grad_from_start * self.from_start).flip(-1), -1).flip(-1)
 
 
 def answer_chunks(

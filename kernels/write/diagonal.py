@@ -21,7 +21,7 @@ Layout: `[R, N, W, H, d]`; a slot without a token has k = v = b = c = 0 and log 
 
 import torch
 
-from ..shared.ops import compute_dtype, register_op
+from ..shared.ops import compute_dtype, register_op, running_sum
 from .chunks import CHUNK, Chunks
 
 
@@ -36,7 +36,7 @@ class _Diagonal:
         dtype = compute_dtype(q)
         self.chunks = chunks = Chunks(q, starts, carry, max(1, int(min(CHUNK, RANGE / -floor))))
         k, v, log_decay, place = (chunks.cut(part, dtype) for part in (k, v, log_decay, place))
-        total = log_decay.cumsum(-2)
+        total = running_sum(log_decay, -2)
         self.late, self.early, self.back = total.exp(), (total - log_decay).exp(), total.neg().exp()
         self.q, self.c = chunks.cut(q, dtype) * self.late, chunks.cut(probe, dtype) * self.early
         self.x = torch.cat([place * self.back, k * self.back], -2)
@@ -121,7 +121,7 @@ def diagonal_write_backward_torch(
     by_c, by_x = d.c * grad_c, (d.x * grad_x).unflatten(-2, (2, size)).sum(-3)
     grad_total = d.q * grad_q + by_c - by_x
     grad_total[..., -1, :] += (grad_sum * (d.before + d.x.transpose(-1, -2) @ d.z)).sum(-1)
-    grad_decay = grad_total.flip(-2).cumsum(-2).flip(-2) - by_c
+    grad_decay = running_sum(grad_total.flip(-2), -2).flip(-2) - by_c
     grad_place, grad_k = (part * d.back for part in grad_x.split(size, -2))
     grad_v = grad_z[..., size:, :] + d.of_v.transpose(-1, -2) @ grad_right
     grads = ((grad_q * d.late, q), (grad_k, k), (grad_v, v), (grad_decay, log_decay))

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..shared.ops import running_sum
 from ..shared.triton import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
 
 
@@ -378,7 +379,7 @@ def _decay_gradient(units: _Units, begin, grad_begin, flow: torch.Tensor) -> tor
     """Gradient `[R, N, W, H]` of log a: what crosses a slot is what came into its unit, less what was read before the
     slot, plus what was written there. `flow` is read less written."""
     flow = units.cut(flow)
-    crossing = flow - flow.cumsum(2)
+    crossing = flow - running_sum(flow, 2)
     if begin is not None:
         entered = (begin * grad_begin).sum((-1, -2))  # [R, U, H], or [R, H] for the first unit of each row
         if begin.dim() == 5:
