@@ -409,7 +409,8 @@ class MCConfig(PreTrainedConfig):
                 self.refuse("rope", "'attention' unless rope_type is 'default' and the width of keys is even")
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """Every projection is split over the ranks; the recurrence and attention itself run on all of them alike."""
+        """Every projection is split over the ranks and its outputs are gathered, for any number of ranks; where heads
+        divide, `modeling_mc.tensor_parallel` splits memory layers by heads instead."""
         names = []
         if LAYER_TYPE in self.layer_types:
             own_gates = self.vector_read != "multiply" and self.aggregation != "ssc"

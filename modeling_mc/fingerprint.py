@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module) -> str:
     hashed once per model and again when a parameter was replaced or changed, which sums over all values tell.
 
     Raises:
-        ValueError: not a model of this family, or its weights are not in memory.
+        ValueError: not a model of this family, or its weights are not in memory, or split over processes.
     """
     digest = _hash_of_config(_config(model) | dict.fromkeys(TOKEN_IDS))
     digest.update(_hash_of_weights(model).encode())
@@ -73,6 +73,8 @@ def _config(model: nn.Module) -> dict:
         raise ValueError(f"`model` must be a model of this family, got {type(model).__name__}")
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"`model`: the weights of {missing[0]} are not in memory (device 'meta')")
+    if split := [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]:
+        raise ValueError(f"`model`: the weights of {split[0]} are split over several processes: take a model in one")
     fields = {name: value for name, value in config.to_dict().items() if name not in IRRELEVANT}
     for name in LATER_FIELDS:
         if fields[name] == MCConfig.__dataclass_fields__[name].default:

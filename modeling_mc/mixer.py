@@ -25,6 +25,7 @@ from .norms import make_output_norm, unit
 from .read_gates import GateLog, ReadGates, by_segment
 from .segments import SegmentTable, rows_where
 from .summary import Summary
+from .tensor_parallel import HeadConv, HeadShare
 
 
 # a cache is refused by a model that differs from the one that filled it in any of these
@@ -91,7 +92,8 @@ class Mixer(nn.Module):
     def __init__(self, config: MCConfig, layer_idx: int, memory: Memory) -> None:
         super().__init__()
         self.config, self.layer_idx, self.memory = config, layer_idx, memory
-        self.num_heads, self.summary_dim = config.memory_heads, config.summary_dim
+        self.num_heads, self.num_key_heads = config.memory_heads, config.memory_key_heads
+        self.summary_dim, self.share = config.summary_dim, None
         self.read_gates = ReadGates()
         self.set_read_rule()
 
@@ -103,11 +105,21 @@ class Mixer(nn.Module):
         self.history = make_history(config, memory, self.carry)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
             "heads": self.num_heads,
-            "key_heads": config.memory_key_heads,
+            "key_heads": self.num_key_heads,
             "key_dim": config.memory_key_dim,
             "value_dim": memory.value_dim,
             "hidden_size": config.hidden_size,
         }
+
+    def take_heads(self, share: HeadShare) -> None:
+        """Have a part of the heads, while other ranks have the others (tensor parallel): from now on all shapes are
+        those of this rank. The projections must have been split."""
+        for module in self.modules():
+            if hasattr(module, "share"):
+                module.share = share
+        self.num_heads, self.num_key_heads = self.num_heads // share.size, self.num_key_heads // share.size
+        self.memory.num_heads = self.num_heads
+        self.set_read_rule()
 
     def _project(self, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> Projected:
         """What memories and gates need of compact tokens `[R, T, hidden]`."""
@@ -353,6 +365,7 @@ class Mixer(nn.Module):
             cache.update(x, None, self.layer_idx)
         if table.gates is not None:
             gates = torch.cat(table.gates.pop(self.layer_idx).pieces, 1)
+            gates = gates if self.share is None else self.share.every(gates, 2)
             self.read_gates(table.expand(gates).transpose(1, 2))
         return x, out
 
@@ -365,7 +378,6 @@ class MCMixer(Mixer):
 
     def __init__(self, config: MCConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, MEMORIES[config.memory](config))
-        self.num_key_heads = config.memory_key_heads
         width, keys = config.hidden_size, self.num_key_heads * config.memory_key_dim
         values = self.num_heads * self.memory.value_dim
         chooses = self.aggregation.uses_gates and config.gate_source == "query"
@@ -385,8 +397,7 @@ class MCMixer(Mixer):
             for name in self.projected:
                 channels = values if name == "v" else keys
                 size, bias = config.conv_kernel_size, config.conv_bias
-                conv = nn.Conv1d(channels, channels, size, groups=channels, bias=bias)
-                self.add_module(f"{name}_conv", conv)
+                self.add_module(f"{name}_conv", HeadConv(channels, channels, size, groups=channels, bias=bias))
         if config.use_output_gate:
             self.g_proj = nn.Linear(width, values, bias=False)
         if config.value_skip:

@@ -37,6 +37,7 @@ from .mixer import MCMixer
 from .read_gates import ReadGates
 from .registration import register_decoder, register_layer_type, register_lora_targets
 from .segments import SegmentTable
+from .tensor_parallel import plan_heads, take_heads
 from .transaction import one_forward, transaction_of
 
 
@@ -73,6 +74,16 @@ class MCPreTrainedModel(PreTrainedModel):
         if type(self)._auto_class is not None:  # a repository's code, to be saved beside the decoder too
             MCModel.register_for_auto_class()
         register_lora_targets(MC_LORA_TARGETS)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh, *args, **kwargs):
+        """Transformers' sharding of a model that has no weights yet; tensor parallel also deals out the heads of
+        memory layers, where they can be told apart."""
+        splits = mesh is not None and plan_heads(model, distributed_config.tp_size, distributed_config.tp_plan)
+        model = super().maybe_distribute_model(model, distributed_config, mesh, *args, **kwargs)
+        if splits:
+            take_heads(model)
+        return model
 
     def read_as(self, aggregation: str, num_selected_segments: int | None = None) -> "MCPreTrainedModel":
         """Read with the same weights by another rule, from now on: train dense, read sparse.

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from .tensor_parallel import HeadShare
+
 
 def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
     """x `[..., d]` / its L2 norm; with `eps`, which published delta-rule models have, x / sqrt(|x|^2 + eps)."""
@@ -20,13 +22,20 @@ def unit(x: torch.Tensor, eps: float | None) -> torch.Tensor:
 class HeadRMSNorm(nn.RMSNorm):
     """RMS norm of each head's answer `[..., H, dv]`, then the output gate of the same shape."""
 
+    share: HeadShare | None = None
+
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        x = super().forward(x)
+        if self.share is None:
+            x = super().forward(x)
+        else:
+            x = F.rms_norm(x, self.normalized_shape, self.share.whole(self.weight), self.eps)
         return x if gate is None else x * F.silu(gate)
 
 
 class GatedNorm(nn.Module):
     """The output gate, then an RMS norm over all heads of one key head, as in Mamba-2; `[..., H, dv]`."""
+
+    share: HeadShare | None = None
 
     def __init__(self, heads: int, width: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -39,9 +48,12 @@ class GatedNorm(nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         if gate is not None:
             x = x * F.silu(gate)
-        grouped = x.flatten(-2).unflatten(-1, (self.groups, -1))
+        weight, groups = self.weight, self.groups
+        if self.share is not None:
+            weight, groups = self.share.part(weight), groups // self.share.size
+        grouped = x.flatten(-2).unflatten(-1, (groups, -1))
         normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return (self.weight * normed).view_as(x)
+        return (weight * normed).view_as(x)
 
 
 class NoNorm(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...kernels.shared.ops import compute_dtype
 from ..segments import SegmentTable
+from ..tensor_parallel import HeadShare
 from .reads import Reads, State, mix_answers
 
 
@@ -44,7 +45,11 @@ class Bias(nn.Module):
 
     Args:
         start: fills the parameter with its initial value, in place.
+
+    Its first dimension is the heads. `share`: which of them this rank has (tensor parallel); None = all.
     """
+
+    share: HeadShare | None = None
 
     def __init__(self, shape: tuple[int, ...], start: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
@@ -65,7 +70,8 @@ class Bias(nn.Module):
         return super()._apply(apply, *args, **kwargs)
 
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.bias.to(dtype, copy=True)  # the parameter itself may be freed after the call
+        bias = self.bias if self.share is None else self.share.part(self.bias)
+        return bias.to(dtype, copy=True)  # the parameter itself may be freed after the call
 
 
 class Memory(Reads):
@@ -98,6 +104,9 @@ class Memory(Reads):
         weighs_choice: with `own_gates`, that chosen answers have the gates of the read rule besides.
         reads_query: whether an answer depends on the query; without, it is there for its shape and dtype only.
         has_triton: whether every op of the memory has a Triton kernel.
+        mixes_heads: whether what is written into one head's memory depends on other heads.
+        shared_by_heads: for tensor parallel, names of modules with parameters that all heads share. What belongs to
+            heads is in a `Bias` or another module that knows a `share`.
         own_fields: fields of the config that only this memory, and others that name them too, may change.
     """
 
@@ -109,6 +118,8 @@ class Memory(Reads):
     weighs_choice = False
     reads_query = True
     has_triton = False
+    mixes_heads = False
+    shared_by_heads: tuple[str, ...] = ()
     own_fields: tuple[str, ...] = ()
 
     def __init__(self, config) -> None:

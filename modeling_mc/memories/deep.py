@@ -20,6 +20,7 @@ from ...kernels.shared.deep import ANSWER, EPS, NOTHING, gelu_backward
 from ...kernels.write.chunks import Decay
 from ...kernels.write.deep import deep_write
 from ..segments import SegmentTable, rows_where
+from ..tensor_parallel import HeadShare
 from .base import Bias, Memory, State, Trace, compute_dtype
 
 
@@ -117,7 +118,10 @@ class DeepTrace(Trace):
 
 
 class HeadLayerNorm(nn.Module):
-    """Scale and shift `[H, d]` of a layer norm per head. A call gives them: it fetches weights that are offloaded."""
+    """Scale and shift `[H, d]` of a layer norm per head. A call gives them, of this rank's heads: it fetches weights
+    that are offloaded."""
+
+    share: HeadShare | None = None
 
     def __init__(self, num_heads: int, width: int) -> None:
         super().__init__()
@@ -129,7 +133,9 @@ class HeadLayerNorm(nn.Module):
         init.zeros_(self.bias)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.weight, self.bias
+        if self.share is None:
+            return self.weight, self.bias
+        return self.share.part(self.weight), self.share.part(self.bias)
 
 
 class DeepMemory(Memory):

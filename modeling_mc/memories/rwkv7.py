@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from ...kernels.write.diagonal import diagonal_write
 from ..norms import unit
+from ..tensor_parallel import HeadLinear
 from .base import Bias, State, Trace
 from .matrix import MatrixMemory
 
@@ -29,12 +30,13 @@ FLOOR = -0.6065306597126334  # -exp(-1/2): of log w
 class RWKV7Memory(MatrixMemory):
     gate_names = ("b",)
     has_triton = False  # `diagonal_write` has none
+    shared_by_heads = ("decay.0",)
 
     def __init__(self, config) -> None:
         super().__init__(config)
         width, shape = config.hidden_size, self.gate_shape("b")
         rank = 32 * max(1, round(1.8 * width**0.5 / 32))  # as in published models
-        low_rank = nn.Linear(width, rank, bias=False), nn.Tanh(), nn.Linear(rank, shape.numel(), bias=False)
+        low_rank = nn.Linear(width, rank, bias=False), nn.Tanh(), HeadLinear(rank, shape.numel(), bias=False)
         self.decay = nn.Sequential(*low_rank)
         self.w_0 = Bias(shape, partial(init.uniform_, a=-6.5, b=-1.5))  # from 0.1% to 10% forgotten in a token
         self.xi, self.alpha = Bias(shape, partial(init.constant_, val=0.85)), Bias(shape, init.ones_)

@@ -88,6 +88,7 @@ class VectorMemory(Memory):
 
     cell_gates = 3
     num_states = 1
+    mixes_heads = True
     own_fields = ("vector_read",)
 
     def __init__(self, config, cell: nn.Module | None = None) -> None:

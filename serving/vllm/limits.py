@@ -7,6 +7,8 @@ import torch
 from vllm.config import VllmConfig
 
 from ...configuration_mc import LAYER_TYPE, MCConfig
+from ...modeling_mc.memories import MEMORIES
+from ...modeling_mc.tensor_parallel import mixed_by
 from .backend import MCBackend
 from .blocks import can_overlay
 
@@ -92,13 +94,8 @@ def rank_config(config: MCConfig, ranks: int) -> MCConfig:
     """
     if ranks == 1:
         return config
-    for field, value, whole in (
-        ("memory", config.memory, ("lstm", "gru")),
-        ("segment_summary", config.segment_summary, ("hidden",)),
-        ("cache_eviction", config.cache_eviction if config.max_cached_segments else None, ("least_read",)),
-    ):
-        if value in whole:
-            refuse("tensor_parallel_size", ranks, f"1 with {field}={value!r}, which mixes heads")
+    if (mixed := mixed_by(config, MEMORIES[config.memory])) is not None:
+        refuse("tensor_parallel_size", ranks, f"1 with {mixed[0]}={mixed[1]!r}, which mixes heads")
     if config.memory_heads % ranks or config.memory_key_heads % ranks:
         heads = f"{config.memory_heads} heads of memory layers ({config.memory_key_heads} of keys)"
         refuse("tensor_parallel_size", ranks, f"a divisor of the {heads}")

@@ -3,6 +3,7 @@
 torchrun --standalone --nproc_per_node 2 tests/model/distributed_jobs.py context_parallel
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[1]))  # started as a script: no pytest.ini says where helpers are
 
 from helpers import assert_close, build, combinations, name_of, small_config, tokens
-from mc_transformers import MCForCausalLM
+from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.modeling_mc.context_parallel import context_parallel, shard_batch
 
 
@@ -145,19 +146,38 @@ KINDS = {
     "titans-soup": {"memory": "titans", "aggregation": "soup", "gate_source": "query"},
     "lstm-residual": {"memory": "lstm", "aggregation": "residual"},
     "hybrid": {
+        "num_hidden_layers": 4,
         "layer_types": ["memory_caching", "full_attention", "memory_caching", "sliding_attention"],
         "sliding_window": 5,
         "num_key_value_heads": 1,
     },
     "tied": {"tie_word_embeddings": True},
 }
+# what else a layer has per head, or shares between heads; and what keeps heads together
+HEADS = KINDS | {
+    "mamba2": {
+        "memory": "gated_linear",
+        "gate_form": "step",
+        "value_skip": True,
+        "output_norm": "gated",
+        "num_memory_heads": 4,
+        "num_key_heads": 2,
+        "conv_bias": True,
+        "qkv_bias": True,
+        "state_init": "checkpoint",
+    },
+    "swla-logarithmic": {"memory": "swla", "segmentation": "logarithmic", "online_gate_bias": 2.0, "rope": "all"},
+    "dla-added": {"memory": "dla", "cached_answers": "added", "summaries_per_segment": 2, "conv_kernel_size": 0},
+    "uneven": {"num_memory_heads": 3, "segment_summary": "position"},
+}
+WHOLE = {"lstm-residual": "'lstm' mixes heads", "uneven": "not divisible by 2"}
 GREEDY = {"do_sample": False, "max_new_tokens": 14}
 
 
 @contextmanager
 def saved(fields: dict) -> Iterator[tuple[torch.nn.Module, str]]:
     """A wild model, and the folder where all ranks find it."""
-    fields = SEGMENTS | {"num_hidden_layers": 4, "vocab_size": 62} | fields  # even: 5.16 splits no odd vocabulary
+    fields = SEGMENTS | {"vocab_size": 62} | fields  # even: 5.16 splits no odd vocabulary
     model = build(small_config(**fields), dtype=torch.float64)
     with tempfile.TemporaryDirectory() as folder:
         shared = [folder]
@@ -169,10 +189,10 @@ def saved(fields: dict) -> Iterator[tuple[torch.nn.Module, str]]:
         dist.barrier()
 
 
-def each_kind(check, kinds: tuple[str, ...] = tuple(KINDS)) -> None:
-    for kind in kinds:
+def each_kind(check, kinds: dict[str, dict] = KINDS) -> None:
+    for kind, fields in kinds.items():
         try:
-            with saved(KINDS[kind]) as (model, folder):
+            with saved(fields) as (model, folder):
                 check(model, folder)
         except AssertionError as error:
             raise AssertionError(f"{kind}: {error}") from error
@@ -192,27 +212,64 @@ def check_generation(model, other) -> None:
 
 
 def check_gradients(model, other, ids: torch.Tensor) -> None:
-    for one in (model, other):
-        one.train()
-        one(ids, labels=ids, use_cache=False).loss.backward()
+    losses = [one.train()(ids, labels=ids, use_cache=False).loss for one in (model, other)]
+    assert_close(losses[1].detach(), losses[0].detach(), 1e-6, "loss")
+    for loss in losses:
+        loss.backward()
     expected = dict(model.named_parameters())
     for name, parameter in other.named_parameters():
         assert_close(whole(parameter.grad), expected[name].grad, 1e-5, f"gradient of {name}")
 
 
+def memory_bytes(cache) -> int:
+    """Of all that has heads."""
+    layers = [layer.tensors.items() for layer in cache.memory_layers]
+    return sum(x.nbytes for tensors in layers for name, x in tensors if name != "position")
+
+
 def tensor_parallel(model, folder: str) -> None:
-    other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, tp_plan="auto").eval()
+    """Weights, states, gates and cache of half of the heads on each rank, and what one process computes."""
+    from transformers.distributed import DistributedConfig
+
+    why = next((why for kind, why in WHOLE.items() if HEADS[kind].items() <= model.config.to_dict().items()), None)
+    with said() as messages:
+        config = DistributedConfig(tp_size=2)
+        other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval()
+    assert [why in message for message in messages] == ([] if why is None else [True])
     split = {name for name, p in other.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape}
     assert {name.rsplit(".", 2)[1] for name in split} >= {"q_proj", "o_proj", "gate_proj", "down_proj"}
     ids = tokens(2, 3 * SIZE + 1)
+    mine, whole = (MCCache(config=model.config) for _ in range(2))
     with torch.no_grad():
-        assert_close(other(ids).logits, model(ids).logits, 1e-10, "logits")
+        found, expected = (m(ids, cache=c, output_attentions=True) for m, c in ((other, mine), (model, whole)))
+    assert_close(found.logits, expected.logits, 1e-10, "logits")
+    for layer, (gates, known) in enumerate(zip(found.attentions, expected.attentions, strict=True)):
+        if hasattr(model.model.layers[layer], "mixer"):
+            assert_close(gates, known, 1e-10, f"gates of layer {layer}")
+    assert memory_bytes(mine) * (1 if why else 2) == memory_bytes(whole)
+    if why is None:
+        with pytest.raises(ValueError, match="filled by another model .*heads="):
+            other(ids, cache=whole)
+    with pytest.raises(ValueError, match="split over several processes"):
+        mine.save_pretrained(folder)
     check_generation(model, other)
     check_gradients(model, other, ids)
 
 
+@contextmanager
+def said() -> Iterator[list[str]]:
+    """What is logged of the heads of memory layers."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("mc_transformers.modeling_mc.tensor_parallel")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
 def tensor_parallel_equals_one_process() -> None:
-    each_kind(tensor_parallel)
+    each_kind(tensor_parallel, HEADS)
 
 
 def pipeline(model, folder: str) -> None:
@@ -221,7 +278,7 @@ def pipeline(model, folder: str) -> None:
     config = DistributedConfig(pp_size=2)
     other = MCForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=config).eval()
     stages = [type(layer).__name__ for layer in other.model.layers]
-    assert stages.count("PipelineIdentityLayer") == 2
+    assert stages.count("PipelineIdentityLayer") == len(stages) // 2
     ids = tokens(2, 3 * SIZE + 1)
     with torch.no_grad():
         assert_close(other(ids).logits, model(ids).logits, 1e-10, "logits")
