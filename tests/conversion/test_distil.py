@@ -70,6 +70,7 @@ def place(tmp_path_factory) -> Path:
 def options(place: Path, output: Path, **changes) -> Options:
     texts = {"text": (str(place / "text"),), "held_out": (str(place / "held_out"),)}
     sizes = {"segment_size": 16, "length": 64, "batch": 4, "eval_windows": 8, "passes": 2, "top_k": 16}
+    sizes |= {"dtype": "float32"}  # "auto" is bf16 on some CPUs
     steps = {"layers": (1, 2), "match_steps": 40, "end_steps": 30, "minutes": None, "end_lr": 5e-4}
     return Options(**{"teacher": str(place / "llama"), "output": str(output), **texts, **sizes, **steps} | changes)
 

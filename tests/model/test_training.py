@@ -233,7 +233,8 @@ def test_compiled_training_step(fields):
     check(compiled_step(model, ids, "aot_eager"), loss_and_gradients(model, ids), 1e-5)
 
 
-@pytest.mark.parametrize("memory", MEMORY_NAMES)
+# one of every kind of write
+@pytest.mark.parametrize("memory", ["gated_linear", "swla", "gated_delta", "rwkv7", "titans", "lstm"])
 @torch.no_grad()
 def test_compiled_for_every_length(memory):
     """A second length makes sizes symbolic; the third one needs no other graph."""
