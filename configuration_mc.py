@@ -7,12 +7,14 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from .modeling_mc.limits import CHOICES, LARGEST, POSITIVE
+from .modeling_mc.limits import CHOICES as CHOICES
+from .modeling_mc.limits import LARGEST as LARGEST
+from .modeling_mc.limits import POSITIVE as POSITIVE
+from .modeling_mc.limits import check_borders, check_values
 from .modeling_mc.memories import MEMORIES
 
 
@@ -92,9 +94,18 @@ class MCConfig(PreTrainedConfig):
         aggregation (`str`, defaults to `"grm"`): the read rule: "none" (plain RNN: one endless segment, `state_init`
             is ignored), "residual" (eq. 7), "grm" (eq. 9), "soup" (eq. 15), "ssc" (eq. 17) or "mean" (post-training
             caching).
-        segmentation (`str`, defaults to `"constant"`): "constant", or "logarithmic" (Fenwick grouping of the prefix in
-            units of segment_size).
-        segment_size (`int`, defaults to `256`): tokens per segment.
+        segmentation (`str`, defaults to `"constant"`): "constant", "logarithmic" (Fenwick grouping of the prefix in
+            units of segment_size), or "content" (the text chooses, each row for itself; see `BorderRule`).
+        segment_size (`int`, defaults to `256`): tokens per segment; with "content" the most that one can have.
+        border_rule (`str`, defaults to `"dissimilarity"`): which token ends a segment of "content": one unlike the
+            token before it ("dissimilarity"), or the one with which what was written comes to a "budget".
+        border_budget (`float`, defaults to `32.0`): of "budget": strength times error, summed over a segment.
+        least_segment_size (`int`, *optional*): of "content": the fewest tokens of a segment; defaults to a quarter of
+            segment_size.
+        mean_segment_size (`float`, *optional*): of "content": tokens per segment that the rate loss works for;
+            defaults to the middle of least and most.
+        border_loss_weight (`float`, defaults to `0.03`): of "content": what the rate loss is multiplied with before it
+            is added to the loss of the labels, in training.
         state_init (`str`, defaults to `"independent"`): "independent" (a segment starts from M_0) or "checkpoint"
             (from the last state).
         trained_as (`str`, *optional*): the read rule of the training, where `read_as` has set another one since.
@@ -208,6 +219,11 @@ class MCConfig(PreTrainedConfig):
     aggregation: str = "grm"
     segmentation: str = "constant"
     segment_size: int = 256
+    border_rule: str = "dissimilarity"
+    border_budget: float | int = 32.0
+    least_segment_size: int | None = None
+    mean_segment_size: float | int | None = None
+    border_loss_weight: float | int = 0.03
     state_init: str = "independent"
     trained_as: str | None = None
     online_memory: str = "segment"
@@ -248,7 +264,7 @@ class MCConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = from_file
         self._hint_at_misspellings(kwargs)
-        self._check_values()
+        check_values(self)
         self._derive()
         self._check_combinations()
         self.base_model_tp_plan = self._tensor_parallel_plan()
@@ -260,7 +276,7 @@ class MCConfig(PreTrainedConfig):
         Raises:
             ValueError: as when the config was made.
         """
-        self._check_values()
+        check_values(self)
         self._derive()
         self.convert_rope_params_to_dict()
         self._check_combinations()
@@ -280,6 +296,9 @@ class MCConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.layer_types is None:
             self.layer_types = [LAYER_TYPE] * self.num_hidden_layers
+        if self.segmentation == "content":
+            self.least_segment_size = self.least_segment_size or max(1, self.segment_size // 4)
+            self.mean_segment_size = self.mean_segment_size or (self.least_segment_size + self.segment_size) / 2
 
     def refuse(self, field: str, allowed: str) -> None:
         """Raise the error for a field whose value is not allowed.
@@ -300,31 +319,6 @@ class MCConfig(PreTrainedConfig):
             if near and not known:
                 logger.warning_once(f"MCConfig: `{name}` is not a field and has no effect; is `{near[0]}` meant?")
 
-    def _check_values(self) -> None:
-        for field, allowed in CHOICES.items():
-            if getattr(self, field) not in allowed:
-                self.refuse(field, ", ".join(repr(a) for a in allowed))
-        for field in POSITIVE:
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                self.refuse(field, "an integer >= 1")
-        for field, largest in LARGEST.items():
-            if getattr(self, field) is not None and getattr(self, field) > largest:
-                self.refuse(field, f"an integer <= {largest}")
-        for field, meaning in (("conv_kernel_size", "convolution"), ("intermediate_size", "MLP")):
-            if getattr(self, field) < 0:
-                self.refuse(field, f"an integer >= 0 (0 = no {meaning})")
-        for field in ("rms_norm_eps", "qk_norm_eps", "output_norm_eps"):
-            if getattr(self, field) is not None and not 0 < getattr(self, field) < float("inf"):
-                self.refuse(field, "a number > 0")
-        if not 0 <= self.initializer_range < float("inf"):
-            self.refuse("initializer_range", "a number >= 0")
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            self.refuse("pad_token_id", f"a token of vocab_size={self.vocab_size}, or None")
-        if not 0 <= self.attention_dropout <= 1:
-            self.refuse("attention_dropout", "a number from 0 to 1")
-        if self.hidden_act not in ACT2FN:
-            self.refuse("hidden_act", ", ".join(repr(name) for name in sorted(ACT2FN)))
-
     def _check_combinations(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers or not set(self.layer_types) <= set(LAYER_TYPES):
             self.refuse("layer_types", f"num_hidden_layers={self.num_hidden_layers} entries out of {LAYER_TYPES}")
@@ -342,6 +336,7 @@ class MCConfig(PreTrainedConfig):
             self.refuse("num_key_heads", f"a divisor of the {self.memory_heads} heads of memory layers")
         if self.conv_bias and not self.conv_kernel_size:
             self.refuse("conv_bias", "False without a convolution (conv_kernel_size=0)")
+        check_borders(self)
         self._check_memory()
         self._check_gates()
         self._check_rope()

@@ -13,7 +13,7 @@ from .transaction import Transaction
 
 
 # what of a signature earlier versions did not know, in files and pickles, and what it then was
-LATER = {"online_memory": "segment"}
+LATER = {"online_memory": "segment", "border_rule": "dissimilarity", "border_budget": 32.0, "least_segment_size": None}
 
 
 def memory_caching_mask(
@@ -202,7 +202,10 @@ class MCCacheLayer(CacheLayerMixin):
         """Memories of finished segments that the longest row can read."""
         if not self.storage.group("kept"):
             return 0
-        finished = Borders(self.signature["segment_size"]).finished(int(self.position.max()))
+        if (number := self.tensors.get("cut.number")) is not None:  # content chose the borders
+            finished = int(number.max())
+        else:
+            finished = Borders(self.signature["segment_size"]).finished(int(self.position.max()))
         if self.signature["segmentation"] == "logarithmic":
             return finished.bit_count()
         return min(finished, self.signature["max_cached_segments"] or finished)

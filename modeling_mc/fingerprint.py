@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..configuration_mc import MCConfig
+from .limits import BORDER_FIELDS
 
 
 # config entries that do not change what a model writes into its memory
@@ -30,7 +31,7 @@ IRRELEVANT = {
 }
 # Fields that an earlier version did not have: where they have their defaults they do not count, or its files would be
 # refused.
-LATER_FIELDS = ("online_memory", "online_gate_bias", "cached_answers", "cached_answers_start")
+LATER_FIELDS = ("online_memory", "online_gate_bias", "cached_answers", "cached_answers_start", *BORDER_FIELDS)
 # written as if they were not set; the first files said how they were set
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLES = 256  # values per parameter that enter the fingerprints of format 1

@@ -65,8 +65,7 @@ class Level:
         """Descriptors `[R, N, H, m, du]` of the segments that are finished; of others they mean nothing."""
         if self.sums is None:
             return None
-        borders = self.table.borders
-        return Summary(borders, self.sums.shape[-2]).mean(self.sums, borders.count(self.table.number))
+        return Summary(self.table.borders, self.sums.shape[-2]).mean(self.sums, self.table.count)
 
     def finished(self, num_read: int) -> list[torch.Tensor]:
         """What is kept of finished segments: `num_read` tensors of their states, and descriptors if there are any."""
@@ -87,6 +86,7 @@ class Slots:
     def __init__(self, config, memory: Memory, carry: bool) -> None:
         self.memory, self.carry, self.borders = memory, carry, Borders.of(config)
         self.keeps = config.aggregation != "none"
+        self.stands = self.stands and config.segmentation != "content"
         # levels in front of the others: with online_memory="running" one, whose memory never starts anew
         self.lead = int(config.online_memory == "running")
         self.num_blocks = config.summaries_per_segment

@@ -73,6 +73,8 @@ class CachedLayer(nn.Module):
 
     def __init__(self, config: MCConfig, mixer: Mixer) -> None:
         super().__init__()
+        if config.segmentation == "content":
+            config.refuse("segmentation", "'constant' or 'logarithmic' for a layer alone: a whole model decides")
         self.config, self.mixer = config, mixer
 
     @property

@@ -34,6 +34,9 @@ CACHE_FIELDS = (
     "aggregation",
     "segmentation",
     "segment_size",
+    "border_rule",
+    "border_budget",
+    "least_segment_size",
     "state_init",
     "online_memory",
     "gate_source",
@@ -293,8 +296,11 @@ class Mixer(nn.Module):
             return self._tokens(parts, table, layer)
         edges = [0, table.num_tokens] if table.cu_seq_lens is None else table.cu_seq_lens.tolist()
         out = []
-        for start, stop in zip(edges, edges[1:], strict=False):
-            document = replace(table, num_tokens=stop - start)
+        for number, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+            borders = table.borders
+            if table.cu_seq_lens is not None:
+                borders = borders.of_rows(slice(number, number + 1))
+            document = replace(table, num_tokens=stop - start, borders=borders)
             out.append(self._tokens(parts.at(slice(start, stop)), document, MCCacheLayer(), start))
         return torch.cat(out, 1)
 
@@ -357,11 +363,18 @@ class Mixer(nn.Module):
         if cache is not None:
             layer = cache.layers[self.layer_idx]
             layer.check(self.cache_signature, hidden_states.shape[0])
+            if self.config.segmentation == "content" and (layer.record_past or layer.keep_borders):
+                raise ValueError(
+                    "tokens cannot be taken back and no border noted (`activate_past_recording`, `keep_borders`) with "
+                    "`segmentation`='content', allowed: 'constant' or 'logarithmic'"
+                )
             if layer.record_past:
                 layer.rollback.remember(layer, self, hidden_states, table.mask)
         x = table.compact(hidden_states)
         out = self.memory(self._answers, x, table, layer)
         if layer is not None:
+            for name, tensor in table.borders.left.items():
+                layer.storage.put(name, tensor)
             cache.update(x, None, self.layer_idx)
         if table.gates is not None:
             gates = torch.cat(table.gates.pop(self.layer_idx).pieces, 1)

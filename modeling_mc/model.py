@@ -28,6 +28,7 @@ from ..configuration_mc import LAYER_TYPE, MCConfig
 from ..kernels.shared.ops import unobserved
 from .attention import make_rotary
 from .block import MCDecoderLayer
+from .border_rule import BorderRule, MCCausalLMOutputWithPast, MCOutputWithPast
 from .cache import MCCache, ModelRef
 from .cache_layer import MCStaticCacheLayer, memory_caching_mask, memory_layer
 from .compat import CACHE_NAME, cache_by_any_name, rename_cache
@@ -179,6 +180,8 @@ class MCModel(MCPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([MCDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        chooses = config.segmentation == "content" and LAYER_TYPE in config.layer_types
+        self.border_rule = BorderRule(config) if chooses else None
         self.has_attention = any(kind != LAYER_TYPE for kind in config.layer_types)
         if self.has_attention:
             self.rotary_emb = make_rotary(config)
@@ -201,6 +204,8 @@ class MCModel(MCPreTrainedModel):
             return None
         layer = None if past is None else mixer.cache_layer(past, inputs_embeds)  # before its positions are used
         table = mixer.table(inputs_embeds, mask, layer, **packed)
+        if self.border_rule is not None:
+            table = self.border_rule(inputs_embeds, table, {} if layer is None else layer.tensors)
         return replace(table, shards=active_shards(), gates={} if gates else None)
 
     @cache_by_any_name
@@ -297,7 +302,9 @@ class MCModel(MCPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
+        loss = None if table is None else table.border_loss
+        out = {"last_hidden_state": self.norm(hidden_states), CACHE_NAME: cache}
+        return MCOutputWithPast(border_loss=loss, **out)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """`[B, T, hidden]` of whichever is given."""
@@ -435,11 +442,14 @@ class MCForCausalLM(MCPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            if self.training and outputs.border_loss is not None:
+                loss = loss + self.config.border_loss_weight * outputs.border_loss
+        return MCCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            border_loss=outputs.border_loss,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 

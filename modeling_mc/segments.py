@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels.shared.ops import unobserved
-from .borders import Borders
+from .borders import Borders, Number
 from .read_gates import GateLog
 from .shards import Shards
 
@@ -17,6 +17,11 @@ from .shards import Shards
 def rows_where(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """`a` where `rows` `[B]` (or `[B, L]`) is set, else `b`."""
     return torch.where(rows.view(*rows.shape, *[1] * (a.dim() - rows.dim())), a, b)
+
+
+def _each(count: Number) -> Number:
+    """Tokens of a segment `[...]` against its slots `[..., W]`."""
+    return count if isinstance(count, int) else count[..., None]
 
 
 def _documents(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
@@ -55,6 +60,7 @@ class SegmentTable:
         token: `[R, N * W]` the compact token in every grid slot (clamped), or None when the grid is a plain view.
         valid: `[R, N, W]` bool, slots that hold a token.
         offset: `[R, N, W]` int64, position of the slot inside its segment.
+        count: `[R, N]` int64, tokens of every grid segment once it is finished; a number where all have the same.
         starts: `[R, N]` bool, first grid segment of a packed document, or None.
         document: `[N]` int64, the document of every grid segment; begin: `[D]` int64, the first grid segment of every
             document; cu_seq_lens: `[D + 1]` int64, tokens before every document and in all; all None unless documents
@@ -63,6 +69,7 @@ class SegmentTable:
         gates: where layers leave, by their number, what they read; None = nobody asks.
         first: `[R, N]` int64, the first grid segment of the same sequence.
         shards: the ranks that share each row (context parallel), or None.
+        border_loss: scalar, of borders that content chose (`border_rule.rate_loss`), or None.
     """
 
     borders: Borders
@@ -78,6 +85,7 @@ class SegmentTable:
     token: torch.Tensor | None
     valid: torch.Tensor
     offset: torch.Tensor
+    count: Number
     starts: torch.Tensor | None
     first: torch.Tensor
     cu_seq_lens: torch.Tensor | None
@@ -86,6 +94,7 @@ class SegmentTable:
     resumed: bool
     factor: int = 1
     shards: Shards | None = None
+    border_loss: torch.Tensor | None = None
     coarse: dict[int, "SegmentTable"] = field(default_factory=dict, repr=False)
     copies: dict[torch.device, "SegmentTable"] = field(default_factory=dict, repr=False)
     routes: dict = field(default_factory=dict, repr=False)
@@ -176,11 +185,12 @@ class SegmentTable:
         rank = torch.arange(num, device=device)
         column = torch.arange(width, device=device)
         offset = column + ((rank == 0) * base)[..., None]  # [R, N, W]
-        number = (before + rank)[..., None]
-        index = (borders.start(number) - position[:, None, None]) + offset
-        valid = (index >= 0) & (index < length[:, None, None]) & (offset < borders.count(number))
+        number = before + rank
+        count = borders.count(number)
+        index = (borders.start(number) - position[:, None])[..., None] + offset
+        valid = (index >= 0) & (index < length[:, None, None]) & (offset < _each(count))
         slot = token = None
-        if resumed:
+        if resumed or not isinstance(count, int):
             token = index.clamp(0, num_tokens - 1).flatten(1)
             place = position[:, None] + torch.arange(num_tokens, device=device)
             segment = borders.finished(place) - before
@@ -200,6 +210,7 @@ class SegmentTable:
             token=token,
             valid=valid,
             offset=offset,
+            count=count,
             starts=None,
             first=torch.zeros(len(length), num, dtype=torch.int64, device=device),
             cu_seq_lens=None,
@@ -216,6 +227,7 @@ class SegmentTable:
         if device not in self.copies:
             tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
             moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()}
+            moved["borders"] = self.borders.to(device, non_blocking)
             self.copies[device] = replace(self, **moved, coarse={}, copies={})
         return self.copies[device]
 
@@ -242,7 +254,8 @@ class SegmentTable:
         device, documents = cu_seq_lens.device, cu_seq_lens.numel() - 1
         num = borders.most_finished(num_tokens) + documents  # bound: shapes must not depend on the values
         width = min(borders.longest, num_tokens)
-        segments = borders.finished(cu_seq_lens.diff() - 1) + 1
+        lengths = cu_seq_lens.diff()
+        segments = (borders.finished(lengths.clamp(min=1) - 1) + 1) * (lengths > 0)
         cumulative = segments.cumsum(0)
         rank = torch.arange(num, device=device)
         document = torch.searchsorted(cumulative, rank, right=True)
@@ -250,13 +263,16 @@ class SegmentTable:
         first = (cumulative - segments)[known]
         within = rank - first
         column = torch.arange(width, device=device)
-        index = (cu_seq_lens[known] + borders.start(within))[:, None] + column
+        inside = borders.of_rows(known)
+        count = inside.count(within)
+        index = (cu_seq_lens[known] + inside.start(within))[:, None] + column
         valid = (index < cu_seq_lens[known + 1][:, None]) & (document < documents)[:, None]
-        valid = valid & (column < borders.count(within[:, None]))
+        valid = valid & (column < _each(count))
         token_range = torch.arange(num_tokens, device=device)
         owner = torch.searchsorted(cu_seq_lens[1:].contiguous(), token_range, right=True).clamp(max=documents - 1)
         place = token_range - cu_seq_lens[owner]
-        slot = ((cumulative - segments)[owner] + borders.finished(place)) * width + borders.offset(place)
+        inside = borders.of_rows(owner)
+        slot = ((cumulative - segments)[owner] + inside.finished(place)) * width + inside.offset(place)
         return cls(
             borders=borders,
             align=1,
@@ -271,6 +287,7 @@ class SegmentTable:
             token=index.clamp(0, num_tokens - 1).reshape(1, -1),
             valid=valid[None],
             offset=column.expand(1, num, width),
+            count=count if isinstance(count, int) else count[None],
             starts=(rank == first)[None],
             first=first[None],
             cu_seq_lens=cu_seq_lens,
@@ -387,7 +404,7 @@ class SegmentTable:
 
     def finishes(self) -> torch.Tensor:
         """`[R, N]` bool, grid segments whose last token is written in this forward."""
-        return (self.valid & (self.offset + 1 == self.borders.count(self.number[..., None]))).any(-1)
+        return (self.valid & (self.offset + 1 == _each(self.count))).any(-1)
 
     def running_index(self) -> torch.Tensor:
         """`[R]` grid segment that is unfinished after this forward; num_segments if the next one has not begun."""

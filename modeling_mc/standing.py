@@ -19,7 +19,7 @@ def check_stands(mixer: nn.Module) -> None:
     """
     config = mixer.config
     if not mixer.history.stands:
-        name = "segmentation" if config.segmentation == "logarithmic" else "cache_eviction"
+        name = "segmentation" if config.segmentation != "constant" else "cache_eviction"
         raise ValueError(
             f"the model's `{name}`={getattr(config, name)!r} leaves no earlier border to stand at, allowed: "
             "segmentation='constant', without a bound or with cache_eviction='oldest'"

@@ -47,7 +47,7 @@ def _check_constant(config) -> None:
         raise ValueError(
             "Stream: layers of full attention keep every token, allowed: sliding attention, memory layers"
         )
-    grows = config.aggregation != "none" and config.segmentation == "constant"
+    grows = config.aggregation != "none" and config.segmentation != "logarithmic"
     if grows and config.max_cached_segments is None:
         raise ValueError(
             "Stream: `max_cached_segments`=None is not valid, allowed: an integer >= 1, as this model keeps every "

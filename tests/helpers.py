@@ -31,6 +31,8 @@ SMALL = {
 MEMORY_NAMES = list(MEMORIES)
 GATE_NAMES = [name for name in GATE_FUNCTIONS if name != CONSTANT]
 ONE_MAP_MEMORIES = [name for name in MEMORY_NAMES if MEMORIES[name].num_maps == 1]  # soup is GRM for them
+# what every test of a product takes; "content" has tests of its own, test_content_borders.py
+SEGMENTATIONS = [name for name in CHOICES["segmentation"] if name != "content"]
 # conftest.py asks for the interpreter
 with_triton = pytest.mark.skipif(
     not HAS_TRITON or not triton_interpreted(), reason="needs Triton in its interpreter (TRITON_INTERPRET=1)"
@@ -76,7 +78,7 @@ def name_of(fields: dict) -> str:
 def family(**axes: list) -> list[dict]:
     """memory x aggregation x state_init x segmentation, all that is implemented, unless `axes` say less. `none` is one
     endless segment, so it comes once per memory."""
-    fields = {name: CHOICES[name] for name in ("aggregation", "state_init", "segmentation")}
+    fields = {name: CHOICES[name] for name in ("aggregation", "state_init")} | {"segmentation": SEGMENTATIONS}
     every = combinations(**{"memory": MEMORY_NAMES, **fields} | axes)
     return [
         x

@@ -8,6 +8,7 @@ import torch
 from helpers import (
     GATE_NAMES,
     MEMORY_NAMES,
+    SEGMENTATIONS,
     accepts,
     assert_close,
     build,
@@ -81,7 +82,7 @@ GATES = (
         gate_function=GATE_NAMES[:2],
         segment_summary=CHOICES["segment_summary"],
         summaries_per_segment=[1, 2],
-        segmentation=CHOICES["segmentation"],
+        segmentation=SEGMENTATIONS,
         head_dim=[8, 12],  # queries can gate summaries of hidden states only if head_dim * heads = hidden_size
     )
     + combinations(  # where logits come from is all the same to what becomes of them
@@ -89,7 +90,7 @@ GATES = (
         aggregation=["grm", "ssc"],
         gate_function=GATE_NAMES[2:],
         summaries_per_segment=[1, 2],
-        segmentation=CHOICES["segmentation"],
+        segmentation=SEGMENTATIONS,
     )
 )
 
@@ -164,6 +165,6 @@ def test_every_parameter_and_token_has_a_gradient(memory):
 
 def test_the_registry_is_covered():
     assert {x["memory"] for x in family()} == set(MEMORY_NAMES)
-    assert {x["segmentation"] for x in family()} == set(CHOICES["segmentation"])
+    assert {x["segmentation"] for x in family()} == set(SEGMENTATIONS)
     plain = [x for x in family() if x["memory"] in ("linear", "retention", "gated_linear", "swla")]
     assert len([x for x in plain if x["segmentation"] == "constant"]) == 4 * (1 + 5 * 2)  # none of these is refused

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening
 from helpers import (
     GATE_NAMES,
     MEMORY_NAMES,
+    SEGMENTATIONS,
     VOCAB,
     accepts,
     assert_close,
@@ -85,7 +86,7 @@ def test_pieces(model, borders):
 
 
 @pytest.mark.parametrize("borders", [[3], [2, 9, 10], range(1, 19)], ids=str)
-@pytest.mark.parametrize("segmentation", CHOICES["segmentation"])
+@pytest.mark.parametrize("segmentation", SEGMENTATIONS)
 @pytest.mark.parametrize("blocks", [2, 3, 4])
 def test_sub_blocks_in_pieces(blocks, segmentation, borders):
     """A new level of logarithmic segments starts with sub-blocks of another length than those of the level below."""
@@ -254,7 +255,9 @@ def test_gradients_are_causal(fields):
 
 
 # ---------------------------------------------------------------------------------------------- anything at random
-FIELDS = {field: st.sampled_from(CHOICES[field]) for field in CHOICES if field != "mc_backend"} | {
+DRAWN = set(CHOICES) - {"mc_backend", "segmentation"}
+FIELDS = {field: st.sampled_from(CHOICES[field]) for field in CHOICES if field in DRAWN} | {
+    "segmentation": st.sampled_from(SEGMENTATIONS),
     "memory": st.sampled_from(MEMORY_NAMES),
     "gate_function": st.sampled_from(GATE_NAMES),
     "summaries_per_segment": st.integers(1, 4),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, set_seed
 
-from helpers import VOCAB, assert_close, build, family, name_of, small_config, tokens
+from helpers import SEGMENTATIONS, VOCAB, assert_close, build, family, name_of, small_config, tokens
 from mc_transformers import (
     MCCache,
     MCCacheLayer,
@@ -16,7 +16,6 @@ from mc_transformers import (
     MCForSequenceClassification,
     MCForTokenClassification,
 )
-from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
@@ -38,7 +37,7 @@ def model(request):
     return model_of(**request.param)
 
 
-@pytest.fixture(scope="module", params=CHOICES["segmentation"])
+@pytest.fixture(scope="module", params=SEGMENTATIONS)
 def linear(request):
     return model_of(aggregation="ssc", segmentation=request.param)
 

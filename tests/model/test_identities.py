@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from helpers import MEMORY_NAMES, ONE_MAP_MEMORIES, assert_close, build, combinations, name_of, small_config, tokens
+from helpers import (
+    MEMORY_NAMES,
+    ONE_MAP_MEMORIES,
+    SEGMENTATIONS,
+    assert_close,
+    build,
+    combinations,
+    name_of,
+    small_config,
+    tokens,
+)
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 
@@ -117,10 +127,7 @@ def test_write_rules(memory):
 
 
 ONE_SEGMENT = combinations(
-    memory=MEMORY_NAMES,
-    aggregation=AGGREGATIONS,
-    state_init=CHOICES["state_init"],
-    segmentation=CHOICES["segmentation"],
+    memory=MEMORY_NAMES, aggregation=AGGREGATIONS, state_init=CHOICES["state_init"], segmentation=SEGMENTATIONS
 )
 
 

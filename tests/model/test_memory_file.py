@@ -10,7 +10,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import StaticCache
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, relative_error, small_config, tokens
+from helpers import (
+    MEMORY_NAMES,
+    SEGMENTATIONS,
+    assert_close,
+    build,
+    combinations,
+    name_of,
+    relative_error,
+    small_config,
+    tokens,
+)
 from mc_transformers import MCCache, MCForCausalLM
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.kernels.step.decode import unpack
@@ -183,7 +193,7 @@ def test_unknown_state_dtype_is_refused() -> None:
         MCCache(config=small_config(), state_dtype=torch.int32)
 
 
-FILES = combinations(memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"]) + [
+FILES = combinations(memory=MEMORY_NAMES, segmentation=SEGMENTATIONS) + [
     {"max_cached_segments": 2, "cache_eviction": "least_read"},
     {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2},
     {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},

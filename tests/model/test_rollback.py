@@ -7,13 +7,13 @@ from packaging.version import Version
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, small_config, tokens
+from helpers import MEMORY_NAMES, SEGMENTATIONS, assert_close, build, combinations, name_of, small_config, tokens
 from mc_transformers import MCCache
 from mc_transformers.configuration_mc import CHOICES
 from mc_transformers.modeling_mc.compat import CACHE_NAME
 
 
-KINDS = combinations(memory=MEMORY_NAMES, segmentation=CHOICES["segmentation"], aggregation=["grm", "ssc"])
+KINDS = combinations(memory=MEMORY_NAMES, segmentation=SEGMENTATIONS, aggregation=["grm", "ssc"])
 HYBRIDS = [
     {"layer_types": ["memory_caching", "full_attention"], "num_hidden_layers": 2},
     {"layer_types": ["sliding_attention", "memory_caching"], "num_hidden_layers": 2, "sliding_window": 5},

@@ -3,14 +3,24 @@
 import pytest
 import torch
 
-from helpers import MEMORY_NAMES, assert_close, build, combinations, name_of, relative_error, small_config, tokens
+from helpers import (
+    MEMORY_NAMES,
+    SEGMENTATIONS,
+    assert_close,
+    build,
+    combinations,
+    name_of,
+    relative_error,
+    small_config,
+    tokens,
+)
 from mc_transformers import MCCache, MCConfig
 from mc_transformers.configuration_mc import CHOICES
 
 
 SHARED = combinations(
     memory=MEMORY_NAMES,
-    segmentation=CHOICES["segmentation"],
+    segmentation=SEGMENTATIONS,
     aggregation=["ssc"],
     route_sharing=["model"],
     num_hidden_layers=[2],
