@@ -81,6 +81,13 @@ def _evaluation(results: Sequence[Result]) -> str:
     return _markdown(rows, ("data", "metric", "value", "settings"))
 
 
+def _tokens(config: MCConfig) -> str:
+    """Tokens per segment."""
+    if config.segmentation == "content":
+        return f"{config.least_segment_size} to {config.segment_size}"
+    return str(config.segment_size)
+
+
 def _summary(config: MCConfig) -> str:
     layers, family = config.num_hidden_layers, "[Memory Caching](https://arxiv.org/abs/2602.24281)"
     others = layers - config.layer_types.count(LAYER_TYPE)
@@ -91,7 +98,7 @@ def _summary(config: MCConfig) -> str:
     if config.aggregation == "none":
         return f"A {family} language model: {network} one running state and no cache of segments.{hybrid}"
     return (
-        f"A {family} language model: {network} the state of its memory after every segment of {config.segment_size} "
+        f"A {family} language model: {network} the state of its memory after every segment of {_tokens(config)} "
         f"tokens. {READS[config.aggregation]}{hybrid}"
     )
 
@@ -102,7 +109,7 @@ def _limit(config: MCConfig) -> str | None:
         return None
     if config.aggregation == "none":
         return "All that was read is compressed into one state of fixed size: details can be lost."
-    growth = f"The cache grows by one memory per {config.segment_size} tokens."
+    growth = f"The cache grows by one memory per {_tokens(config)} tokens."
     if config.segmentation == "logarithmic":
         growth = "What is far back is only there in coarse form: the cache grows when the length doubles."
     elif config.max_cached_segments is not None:

@@ -12,6 +12,7 @@ from .. import MCCache, MCConfig, MCForCausalLM, __version__
 from ..configuration_mc import LAYER_TYPE
 from ..kernels.shared.ops import OPS, choose_backend
 from ..kernels.write.delta import fla_rule
+from ..modeling_mc.borders import Borders
 
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "triton", "peft", "accelerate")
@@ -137,7 +138,7 @@ def key_value_bytes(config: MCConfig, num_tokens: int) -> int:
 
 def segment_bytes(config: MCConfig, model: MCForCausalLM | None = None) -> int:
     """Bytes that one more finished segment adds to the cache, all memory layers together."""
-    model, size = model or skeleton(config), config.segment_size
+    model, size = model or skeleton(config), Borders.of(config).least
     attention = sum(kind == "full_attention" for kind in config.layer_types)
     keys = 2 * attention * config.num_key_value_heads * config.head_dim * size
     grown = cache_bytes(config, 3 * size, model) - cache_bytes(config, 2 * size, model)

@@ -36,6 +36,18 @@ class MCCausalLMOutputWithPast(CausalLMOutputWithPast):
     border_loss: torch.FloatTensor | None = None
 
 
+def check_stages(layers: nn.ModuleList) -> None:
+    """Refuse a stage of a pipeline: what it is given are no embeddings.
+
+    Raises:
+        ValueError: some of the layers are elsewhere.
+    """
+    if not all(hasattr(layer, "layer_type") for layer in layers):
+        raise ValueError(
+            "`segmentation`='content' is not possible in stages of a pipeline, allowed: 'constant' or 'logarithmic'"
+        )
+
+
 def rate_loss(rate: torch.Tensor, wish: torch.Tensor, length: float) -> torch.Tensor:
     """H-Net's loss (arXiv 2507.07955, eq. 10), which pulls from both sides: N/(N-1) ((N-1) F G + (1-F)(1-G)).
 

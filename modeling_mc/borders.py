@@ -35,8 +35,8 @@ class Borders:
         """The same on another device."""
         return self
 
-    def of_rows(self, rows: torch.Tensor) -> "Borders":
-        """The borders of the sequences `rows` `[R]` int64 of those that these are of."""
+    def of_rows(self, rows: torch.Tensor | slice) -> "Borders":
+        """The borders of the sequences `rows` (`[R]` int64, or a slice) of those that these are of."""
         return self
 
     @property
@@ -179,7 +179,7 @@ class Decided(Bounds):
         bound = super().most_begun(num_tokens, anywhere)
         return bound if self.most is None else min(bound, self.most)
 
-    def of_rows(self, rows: torch.Tensor) -> "Decided":
+    def of_rows(self, rows: torch.Tensor | slice) -> "Decided":
         names = ("row", "place", "position", "number", "begin")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 

@@ -43,7 +43,7 @@ def read_gates(
         one entry per memory layer, in their order.
 
     Raises:
-        ValueError: a model without memory layers.
+        ValueError: a model without memory layers, or with borders that content chooses.
 
     Example:
         >>> model = MCForCausalLM(MCConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -53,6 +53,8 @@ def read_gates(
         (torch.Size([1, 2, 35, 4]), [[0, 10], [10, 20], [20, 30], [30, 35]])
     """
     base = getattr(model, model.base_model_prefix, model)
+    if base.config.segmentation == "content":
+        raise ValueError("read_gates: `segmentation`='content' is not supported, allowed: 'constant' or 'logarithmic'")
     mixers = {i: layer.mixer for i, layer in enumerate(base.layers) if hasattr(layer, "mixer")}
     if not mixers:
         raise ValueError("read_gates: `model` has no memory layers")

@@ -4,6 +4,8 @@
 import torch
 from torch import nn
 
+from ..kernels.shared.ops import compute_dtype
+from .border_rule import CUT, BorderRule
 from .borders import Borders
 from .cache_layer import LATER, MCCacheLayer, is_memory_layer
 from .memory_file import Described
@@ -102,6 +104,9 @@ def _of_memory(
     levels, slots = history.num_levels(num_tokens, True), history.num_slots(num_tokens)
     if mixer.config.segmentation == "constant" and mixer.config.max_cached_segments is None:
         slots += found.get("kept.0", (None, ()))[1][1:2] == (slots + 1,)  # `MCCache.cat` leaves an empty one
+    if mixer.config.segmentation == "content":
+        state = one.tensors["state.0"]
+        one.tensors |= BorderRule.blank(1, mixer.config.hidden_size, device, compute_dtype(state))
     expected: Expected = {}
     for name, tensor in one.tensors.items():
         size = tensor.shape[1:]
@@ -154,16 +159,33 @@ def check_values(tensors: dict[str, torch.Tensor], num_tokens: int, borders: Bor
             raise ValueError(f"tensor {name!r} differs from that of other layers")
     for name, sums in tensors.items():
         if name.endswith(".sums"):
-            between = borders.offset(tensors[name.replace(".sums", ".position")]) == 0
+            position = tensors[name.replace(".sums", ".position")]
+            begin = tensors.get(name.replace(".sums", f".{CUT}begin"))
+            between = (borders.offset(position) if begin is None else position - begin) == 0
             if bool(sums[between, 0].any()):
                 raise ValueError(
                     f"tensor {name!r} holds tokens of a segment, and the positions say that none has begun"
                 )
+    for name, begin in tensors.items():
+        if name.endswith(f".{CUT}begin"):
+            _check_cut(tensors, name.removesuffix("begin"), begin, borders)
     for name, segment in tensors.items():
         if name.endswith(".segment"):
             position = tensors[name.replace(".segment", ".position")]
             received = tensors[name.replace(".segment", ".received")]
             _check_occupants(name, segment, received, position, borders)
+
+
+def _check_cut(tensors: dict[str, torch.Tensor], prefix: str, begin: torch.Tensor, borders: Borders) -> None:
+    """`BorderRule.blank`: as many segments as can have been finished, and one that goes on within its bounds."""
+    position = tensors[prefix.replace(CUT, "position")]
+    number, spent = tensors[f"{prefix}number"], tensors[f"{prefix}spent"]
+    right = (begin >= 0) & (begin <= position) & (position - begin < borders.longest) & (spent >= 0)
+    right &= (number * borders.least <= begin) & (number * borders.longest >= begin)
+    if not bool(right.all()):
+        raise ValueError(
+            f"tensors {prefix + '*'!r} say where no segment can begin, or that less than nothing was spent"
+        )
 
 
 def _check_occupants(

@@ -28,7 +28,7 @@ from ..configuration_mc import LAYER_TYPE, MCConfig
 from ..kernels.shared.ops import unobserved
 from .attention import make_rotary
 from .block import MCDecoderLayer
-from .border_rule import BorderRule, MCCausalLMOutputWithPast, MCOutputWithPast
+from .border_rule import BorderRule, MCCausalLMOutputWithPast, MCOutputWithPast, check_stages
 from .cache import MCCache, ModelRef
 from .cache_layer import MCStaticCacheLayer, memory_caching_mask, memory_layer
 from .compat import CACHE_NAME, cache_by_any_name, rename_cache
@@ -205,6 +205,7 @@ class MCModel(MCPreTrainedModel):
         layer = None if past is None else mixer.cache_layer(past, inputs_embeds)  # before its positions are used
         table = mixer.table(inputs_embeds, mask, layer, **packed)
         if self.border_rule is not None:
+            check_stages(self.layers)
             table = self.border_rule(inputs_embeds, table, {} if layer is None else layer.tensors)
         return replace(table, shards=active_shards(), gates={} if gates else None)
 

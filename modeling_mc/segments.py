@@ -384,14 +384,19 @@ class SegmentTable:
         owner = torch.searchsorted(self.cu_seq_lens[1:].contiguous(), steps, right=True)
         return (steps - self.cu_seq_lens[owner.clamp(max=self.cu_seq_lens.numel() - 2)])[None]
 
+    def _finished(self, position: torch.Tensor) -> torch.Tensor:
+        """`[R]`; of packed documents the first one stands for the row, which has no past."""
+        borders = self.borders if self.cu_seq_lens is None else self.borders.of_rows(slice(0, 1))
+        return borders.finished(position)
+
     @property
     def finished_before(self) -> torch.Tensor:
         """`[R]` segments that each row had finished before this forward."""
-        return self.borders.finished(self.position)
+        return self._finished(self.position)
 
     @property
     def finished_after(self) -> torch.Tensor:
-        return self.borders.finished(self.next_position)
+        return self._finished(self.next_position)
 
     @property
     def next_position(self) -> torch.Tensor:

@@ -42,6 +42,10 @@ class Reading:
     pieces: list[str] = field(default_factory=list)
     gates: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.model is not None and getattr(self.model.config, "segmentation", None) == "content":
+            raise ValueError("the page does not show `segmentation`='content', allowed: 'constant' or 'logarithmic'")
+
     def __deepcopy__(self, memo: dict) -> "Reading":
         return self  # Gradio copies what a session begins with
 
