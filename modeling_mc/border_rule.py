@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..kernels.shared.ops import autocast_off, compute_dtype
+from ..kernels.shared.ops import autocast_off, compute_dtype, unobserved
 from .borders import NEVER, Bounds, Decided
 from .segments import SegmentTable
 
@@ -217,7 +217,7 @@ class BorderRule(nn.Module):
             f"{CUT}key": torch.where(length > 0, key[row, last], past[f"{CUT}key"]),
             f"{CUT}spent": spent if self.config.border_rule == "budget" else torch.zeros_like(spent),
         }
-        read_back = device.type == "cpu" and not packed and not torch.compiler.is_compiling()
+        read_back = device.type == "cpu" and not packed and not unobserved()
         sequences = table.cu_seq_lens[:-1] if packed else torch.zeros_like(table.position)
         zero = torch.zeros_like(sequences)
         return Decided(

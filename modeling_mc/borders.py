@@ -108,7 +108,10 @@ class Bounds(Borders):
     shortest: int
 
     def _unknown(self, *args) -> Number:
-        raise ValueError("with segmentation='content' borders are known to the table of a forward and to a cache only")
+        raise ValueError(
+            "`segmentation`='content' has borders that only a forward and its cache know, allowed: 'constant' or "
+            "'logarithmic'"
+        )
 
     finished = offset = full = start = count = coarser = _unknown
 

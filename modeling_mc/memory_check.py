@@ -169,6 +169,9 @@ def check_values(tensors: dict[str, torch.Tensor], num_tokens: int, borders: Bor
     for name, begin in tensors.items():
         if name.endswith(f".{CUT}begin"):
             _check_cut(tensors, name.removesuffix("begin"), begin, borders)
+            same = [x for other, x in tensors.items() if other.endswith(f".{CUT}begin")]
+            if not all(torch.equal(begin.cpu(), x.cpu()) for x in same):
+                raise ValueError(f"tensor {name!r} differs from that of other layers")
     for name, segment in tensors.items():
         if name.endswith(".segment"):
             position = tensors[name.replace(".segment", ".position")]
@@ -183,9 +186,7 @@ def _check_cut(tensors: dict[str, torch.Tensor], prefix: str, begin: torch.Tenso
     right = (begin >= 0) & (begin <= position) & (position - begin < borders.longest) & (spent >= 0)
     right &= (number * borders.least <= begin) & (number * borders.longest >= begin)
     if not bool(right.all()):
-        raise ValueError(
-            f"tensors {prefix + '*'!r} say where no segment can begin, or that less than nothing was spent"
-        )
+        raise ValueError(f"tensors {prefix + '*'!r} describe a segment that cannot go on there")
 
 
 def _check_occupants(

@@ -37,7 +37,7 @@ from .memories import Bias
 from .mixer import MCMixer
 from .read_gates import ReadGates
 from .registration import register_decoder, register_layer_type, register_lora_targets
-from .segments import SegmentTable
+from .segments import SegmentTable, refuse_unmarked_packing
 from .tensor_parallel import plan_heads, take_heads
 from .transaction import one_forward, transaction_of
 
@@ -264,7 +264,7 @@ class MCModel(MCPreTrainedModel):
         if is_packed and cache is not None:
             raise ValueError("packed documents (`cu_seq_lens_q` / `seq_idx`) need a batch of one row and no cache")
         if not is_packed:
-            self._refuse_unmarked_packing(position_ids, attention_mask)
+            refuse_unmarked_packing(position_ids, attention_mask)
         if cache is not None:
             self._check_cache(cache)
         self._check_mask(attention_mask, inputs_embeds, cache)
@@ -364,18 +364,6 @@ class MCModel(MCPreTrainedModel):
         if tuple(mask.shape) not in allowed:
             shapes = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
             raise ValueError(f"`attention_mask` must have shape {shapes}, got {tuple(mask.shape)}")
-
-    @staticmethod
-    def _refuse_unmarked_packing(position_ids: torch.Tensor | None, attention_mask) -> None:
-        """Positions that restart inside a row mean packed documents, whose borders a recurrent layer must know."""
-        if position_ids is None or attention_mask is not None or unobserved():
-            return
-        if position_ids.shape[-1] > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
-            raise ValueError(
-                "`position_ids` restart inside a row, which means packed documents, but their borders are missing: "
-                "pass `cu_seq_lens_q` or `seq_idx` (DataCollatorWithFlattening(return_flash_attn_kwargs=True, "
-                "return_seq_idx=True)), else the memory of one document leaks into the next"
-            )
 
 
 class MCForCausalLM(MCPreTrainedModel, GenerationMixin):

@@ -43,6 +43,22 @@ def _documents(cu_seq_lens: torch.Tensor | None, seq_idx: torch.Tensor | None, n
     return torch.cat([ends[:1], (ids[1:] != ids[:-1]).nonzero()[:, 0] + 1, ends[1:]])
 
 
+def refuse_unmarked_packing(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None) -> None:
+    """Positions that restart inside a row mean packed documents, whose borders a recurrent layer must know.
+
+    Raises:
+        ValueError: they do, and nothing says where documents end.
+    """
+    if position_ids is None or attention_mask is not None or unobserved():
+        return
+    if position_ids.shape[-1] > 1 and bool((position_ids[..., 1:] < position_ids[..., :-1]).any()):
+        raise ValueError(
+            "`position_ids` restart inside a row, which means packed documents, but their borders are missing: "
+            "pass `cu_seq_lens_q` or `seq_idx` (DataCollatorWithFlattening(return_flash_attn_kwargs=True, "
+            "return_seq_idx=True)), else the memory of one document leaks into the next"
+        )
+
+
 @dataclass
 class SegmentTable:
     """Positions of a batch of tokens in segments, counted from each row's first real token.
