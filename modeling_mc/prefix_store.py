@@ -49,8 +49,8 @@ class PrefixStore:
     stored. Answers are those of a fresh read. Rows of a batch are read one after the other, so that a row finds what
     the one before it has stored.
 
-    Nothing is remembered (a counted miss) with `segmentation="logarithmic"` or `"content"`, `cache_eviction="least_read"`, whose
-    caches cannot be told apart by segments, with a cache of rounded, offloaded or noted states, with a static cache,
+    Nothing is remembered (a counted miss) with `segmentation="logarithmic"` or `"content"` or
+    `cache_eviction="least_read"`, whose caches cannot be told apart by segments, with a cache of rounded, offloaded or noted states, with a static cache,
     `use_cache=False`, `inputs_embeds`, assisted decoding, or padding that is not on the left.
 
     Args:
