@@ -19,6 +19,7 @@ from ..kernels.read.gates import (
 )
 from .history import Caches
 from .memories import Memory, State, Trace, mix_answers
+from .memories.reads import sum_of
 from .storage import Kept
 
 
@@ -150,7 +151,8 @@ class Aggregation:
             if not self.uses_cache:
                 return answer
             weight, q = visible.to(answer.dtype), answer if memory.own_gates else q
-            past = torch.einsum("bs,bshv->bhv", weight, memory.read_cached(kept.all(), q[:, None]))
+            parts = [(weight[:, slots], memory.read_cached(x, q[:, None])) for slots, x in kept.pieces()]
+            past = sum_of([torch.einsum("bs,bshv->bhv", *part) for part in parts])
             past = past if scale is None else scale[:, None] * past
             return (answer + past) / (weight.sum(1)[:, None, None] + 1 if self.kind == "mean" else 1)
         index = routes.get(time) if self.shares_routes else None

@@ -321,7 +321,7 @@ class TokenHistory(Slots):
 
     def kept(self, layer: MCCacheLayer, borders: Borders) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
         """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
-        kept = Kept(layer.storage)
+        kept = layer.storage.kept()
         slot = torch.arange(kept.num_slots, device=layer.position.device)
         return kept, layer.tensors.get("summaries"), self._readable(layer, borders, slot)
 
@@ -382,7 +382,7 @@ class TokenHistory(Slots):
 
     def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         """Slots `[B, L]` that segments number `segment` `[B, L]` of all levels take where they are `full` `[B, L]`."""
-        return segment % layer.tensors["kept.0"].shape[1]
+        return segment % layer.storage.kept().num_slots
 
 
 class History(GridHistory, TokenHistory):

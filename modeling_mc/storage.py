@@ -1,7 +1,7 @@
 # Copyright 2026 the mc-transformers authors.
 """Where a memory layer's tensors are kept between two forwards, and in which form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -52,6 +52,10 @@ class Storage:
     def nbytes(self) -> int:
         """Bytes of all tensors, on whatever device."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def kept(self) -> "Kept":
+        """The states of finished segments, for reading."""
+        return Kept(self)
 
     # ------------------------------------------------------------------------------------------------------- writing
     def _encode(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -217,7 +221,13 @@ class FixedStorage(Storage):
 
 
 class Kept:
-    """Finished segments' states as they are stored, decoded and moved to the device that reads them."""
+    """Finished segments' states as they are stored, decoded and moved to the device that reads them.
+
+    Attributes:
+        num_slots: S. in_pool: they do not lie side by side, and `stored` is no tensor of rows and slots.
+    """
+
+    in_pool = False
 
     def __init__(self, storage: Storage) -> None:
         self.storage, self.like = storage, storage.tensors["state.0"]
@@ -231,6 +241,10 @@ class Kept:
     def all(self) -> State:
         """`[B, S, H, ...]`."""
         return tuple(fetch(*self.stored(i), None, self.like) for i in range(self.num))
+
+    def pieces(self) -> Iterable[tuple[slice, State]]:
+        """The same by ranges of slots, for who needs one after the other only."""
+        return [(slice(None), self.all())]
 
     def chosen(self, index: torch.Tensor) -> State:
         """`[B, k, H, ...]` for slots `[B, H, k]`: only these are fetched and decoded."""

@@ -31,17 +31,25 @@ def unpack(stored: torch.Tensor) -> torch.Tensor:
 
 
 def fetch(
-    stored: torch.Tensor, scale: torch.Tensor | None, index: torch.Tensor | None, like: torch.Tensor
+    stored: torch.Tensor,
+    scale: torch.Tensor | None,
+    index: torch.Tensor | None,
+    like: torch.Tensor,
+    where: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Stored states `[B, S, H, ...]` with the dtype and device of `like`, or of these only the slots `index`
-    `[B, H, k]`, `[B, k, H, ...]`. `scale`: what int8 states, and those of `pack`, are to be multiplied with."""
+    `[B, H, k]`, `[B, k, H, ...]`. `scale`: what int8 states, and those of `pack`, are to be multiplied with. `where`:
+    both are a pool `[P, n, H, ...]`, and these the block and the place in it of every slot, `[B, S]` int64 each."""
 
     def get(t: torch.Tensor) -> torch.Tensor:
         if index is not None:
             slot = index.to(t.device)
             row = torch.arange(slot.shape[0], device=t.device)[:, None, None]
             head = torch.arange(slot.shape[1], device=t.device)[:, None]
-            t = t[row, slot, head].transpose(1, 2)
+            place = (row, slot) if where is None else tuple(x[row, slot] for x in where)
+            t = t[(*place, head)].transpose(1, 2)
+        elif where is not None:
+            t = t[where]
         return t.to(like.device)
 
     states = get(stored)

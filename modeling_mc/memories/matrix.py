@@ -65,6 +65,8 @@ class MatrixMemory(Memory):
 
     def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function, scale=None):
         gating = (summaries, visible, index, top_k, function)
+        if kept.in_pool:
+            return super().token_read(q, u, online, online_logit, kept, *gating, scale)
         # an empty online memory leaves the sum of the cached answers
         now = online[0] if scale is None else online[0].new_zeros(()).expand_as(online[0])
         out, index = decode_step(q, u, now, online_logit, *kept.stored(0), *gating, self.config.mc_backend)

@@ -26,6 +26,11 @@ def mix_answers(
     return online + scale[:, None].to(past.dtype) * past
 
 
+def sum_of(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Of one tensor or more."""
+    return sum(parts[1:], parts[0])
+
+
 class Reads(nn.Module):
     """The half of a `Memory` that answers queries; `Memory` says what a subclass must and may have of it."""
 
@@ -46,18 +51,24 @@ class Reads(nn.Module):
         answer = self.read(online, q)
         q = answer if self.own_gates else q
         gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
-        states = kept.all() if index is None else kept.chosen(index)
-        past = torch.einsum("bhs,bshv->bhv", gates, self.read_cached(states, q[:, None]))
+        pieces = kept.pieces() if index is None else [(slice(None), kept.chosen(index))]
+        past = sum_of(
+            [torch.einsum("bhs,bshv->bhv", gates[..., s], self.read_cached(x, q[:, None])) for s, x in pieces]
+        )
         return mix_answers(past, online_gate, answer, scale), index
 
     def token_soup(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
         """Memory Soup for one token per row, eq. 15 letter by letter: answers of one set of mixed parameters per row.
         Args: as in `token_read`."""
         gates, online_gate, _ = token_gates(u, online_logit, summaries, visible, index, top_k, function)
+        past: list[torch.Tensor | None] = [None] * kept.num
+        for part, states in kept.pieces():
+            for i, state in enumerate(states):
+                more = (gates[..., part, None] * state.transpose(1, 2).flatten(3)).sum(2)
+                past[i] = more if past[i] is None else past[i] + more
         mixed = tuple(
-            (gates[..., None] * past.transpose(1, 2).flatten(3)).sum(2).view_as(now)
-            + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
-            for past, now in zip(kept.all(), online, strict=False)
+            total.view_as(now) + online_gate.view(*online_gate.shape, *[1] * (now.dim() - 2)) * now
+            for total, now in zip(past, online, strict=False)
         )
         return self.read(mixed, q)
 

@@ -15,6 +15,8 @@ from ...configuration_mc import MCConfig
 from ...modeling_mc.cache_layer import MCCacheLayer
 from ...modeling_mc.mixer import MCMixer
 from ...modeling_mc.segments import rows_where
+from ...modeling_mc.storage import Storage
+from .pool import PoolStorage
 from .steps import Call, Planner
 
 
@@ -27,8 +29,9 @@ class BlockCacheLayer(MCCacheLayer):
 
     _layer_type = None  # else it registers itself as the dynamic cache of this layer type
 
-    def __init__(self, room: int, kept_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, room: int, kept_dtype: torch.dtype | None = None, storage: Storage | None = None) -> None:
         super().__init__()
+        self.storage = storage or self.storage
         self.room, self.kept_dtype = room, kept_dtype
 
     def bound(self, num_tokens: int) -> int:
@@ -111,8 +114,8 @@ class Blocks:
     def _shape(self, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
         return tuple(tensor.shape[1:])
 
-    def _layer(self, room: int) -> BlockCacheLayer:
-        return BlockCacheLayer(room, self.kept_dtype)
+    def _layer(self, room: int, storage: Storage | None = None) -> BlockCacheLayer:
+        return BlockCacheLayer(room, self.kept_dtype, storage)
 
     def views(self, pool: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of all blocks, `[num, ...]` each, in `pool` `[num, nbytes]` int8."""
@@ -135,9 +138,9 @@ class Blocks:
     # ------------------------------------------------------------------------------------------------------- a call
     def load(self, pool: dict[str, torch.Tensor], call: Call) -> BlockCacheLayer:
         """The cache layer that a mixer goes on from."""
-        layer = self._layer(self._room(call))
         if call.begins:
-            return layer
+            return self._layer(self._room(call))
+        layer = self._layer(self._room(call), self._storage(pool, call))
         self._fill(layer, pool, call)
         layer.tensors["position"] = call.table.position.clone()
         layer.signature, layer.num_tokens = self.mixer.cache_signature, layer.room
@@ -146,6 +149,9 @@ class Blocks:
 
     def _room(self, call: Call) -> int:
         return self.max_len
+
+    def _storage(self, pool: dict[str, torch.Tensor], call: Call) -> Storage:
+        return Storage()
 
     def _fill(self, layer: BlockCacheLayer, pool: dict[str, torch.Tensor], call: Call) -> None:
         for name, stored in pool.items():
@@ -195,6 +201,12 @@ class SegmentBlocks(Blocks):
     def _room(self, call: Call) -> int:
         return call.room
 
+    def _storage(self, pool: dict[str, torch.Tensor], call: Call) -> Storage:
+        if call.table.num_tokens > 1:
+            return Storage()
+        states = [name for name in self._kept() if name != "summaries"]
+        return PoolStorage({name: pool[self._place(name)] for name in states}, call.finished)
+
     def _fill(self, layer: BlockCacheLayer, pool: dict[str, torch.Tensor], call: Call) -> None:
         for name, stored in pool.items():
             if not name.startswith(KEPT):
@@ -203,6 +215,8 @@ class SegmentBlocks(Blocks):
             self._begin_segments(layer, call.anew)
         found = call.finished
         for name in self._kept():
+            if isinstance(layer.storage, PoolStorage) and name in layer.storage.pool:
+                continue
             kept, absent = pool[self._place(name)][found.blocks, found.places], found.absent
             # whatever stands in a block that is not the row's, its gate of zero would let a NaN through
             layer.tensors[name] = kept.masked_fill_(absent.view(*absent.shape, *[1] * (kept.dim() - 2)), 0)
@@ -222,8 +236,10 @@ class SegmentBlocks(Blocks):
                 stored[call.write] = layer.tensors[name]
         done = call.finished
         if len(done.rows):
+            made = getattr(layer.storage, "finished", {})
             for name in self._kept():
-                pool[self._place(name)][done.into, done.into_places] = layer.tensors[name][done.rows, done.slots]
+                new = made[name][done.rows] if name in made else layer.tensors[name][done.rows, done.slots]
+                pool[self._place(name)][done.into, done.into_places] = new
 
 
 def by_segment(config: MCConfig) -> bool:

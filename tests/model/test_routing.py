@@ -78,11 +78,13 @@ def test_gates_without_segment_context_see_where_a_segment_is_and_not_what_it_ho
 class Stored:
     """Kept states `[B, S, H, dk, dv]` of a matrix memory."""
 
+    in_pool = False
+
     def __init__(self, states: torch.Tensor) -> None:
         self.states = states
 
-    def all(self) -> tuple[torch.Tensor]:
-        return (self.states,)
+    def pieces(self) -> list[tuple[slice, tuple[torch.Tensor]]]:
+        return [(slice(None), (self.states,))]
 
     def stored(self, number: int) -> tuple[torch.Tensor, None]:
         return self.states, None

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close, family, name_of, small_config
 from mc_transformers.modeling_mc.mixer import MCMixer
 from mc_transformers.modeling_mc.segments import SegmentTable
+from mc_transformers.serving.vllm import pool as states
 from mc_transformers.serving.vllm.blocks import OneLayer, make_blocks
 from mc_transformers.serving.vllm.steps import cut
 
@@ -71,12 +72,12 @@ def make(**fields) -> tuple[MCMixer, list[torch.Tensor], list[torch.Tensor]]:
 
 @torch.inference_mode()
 def serve(pool: Pool, requests: list[torch.Tensor], sizes: list[int], cuts: bool) -> list[torch.Tensor]:
-    """All requests at once, pieces of these sizes in turn, one token at a time at the end."""
+    """All requests at once, pieces of these sizes in turn, the last six tokens one at a time."""
     answers, position, turn = [[] for _ in requests], [0] * len(requests), 0
     while any(p < len(x) for p, x in zip(position, requests, strict=True)):
         pieces = []
         for i, x in enumerate(requests):
-            size = sizes[(turn + i) % len(sizes)] if position[i] < len(x) - 6 else 1
+            size = max(1, min(sizes[(turn + i) % len(sizes)], len(x) - 6 - position[i]))
             if position[i] < len(x):
                 pieces.append((i, position[i], x[position[i] : position[i] + size]))
         for (i, _, x), y in zip(pieces, pool.step(pieces, cuts), strict=True):
@@ -87,9 +88,10 @@ def serve(pool: Pool, requests: list[torch.Tensor], sizes: list[int], cuts: bool
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=name_of)
-def test_answers_of_one_go(fields):
+def test_answers_of_one_go(fields, monkeypatch):
     mixer, requests, whole = make(**fields)
     for sizes, cuts, per_block in (([5, 1, 13], True, 1), ([40, 11], True, 2), ([7, 19], False, 3)):
+        monkeypatch.setattr(states, "PIECE", 4 << 20 if cuts else 1)  # at once, or slot by slot
         pool = Pool(mixer, per_block=per_block)
         for found, wanted in zip(serve(pool, requests, sizes, cuts), whole, strict=True):
             assert_close(found, wanted, 2e-4)
@@ -124,6 +126,16 @@ def test_coded_states(dtype):
     plain, coded = Pool(mixer).blocks, Pool(mixer, dtype).blocks
     assert plain.parts["state.0"].shape == coded.parts["kept.0"].shape  # one state, and it is what is kept
     assert "kept.0" not in plain.parts and coded.parts["kept.0"].dtype == dtype
+
+
+@pytest.mark.parametrize("memory", ["gated_linear", "titans", "gru"])
+def test_a_token_fetches_the_chosen_states_only(memory, monkeypatch):
+    """With "ssc" a decoded token copies k states of each row and head out of the pool, however many there are."""
+    mixer, requests, _ = make(memory=memory, aggregation="ssc", num_selected_segments=2)
+    fetched, fetch = [], states.fetch
+    monkeypatch.setattr(states, "fetch", lambda *args: fetched.append(fetch(*args)) or fetched[-1])
+    serve(Pool(mixer), [requests[4]] * 2, [17], True)
+    assert len(fetched) >= 6 and {x.shape[1] for x in fetched} == {2}
 
 
 def test_cut():
