@@ -94,7 +94,7 @@ def backend_of(op: str, device: str) -> tuple[str, str]:
         choose_backend("triton", op, x, width)
     except ValueError as error:
         return chosen, re.sub(r".*is not possible for `\w+`: (.*); allowed here.*", r"\1", str(error))
-    return chosen, f"mc_backend='auto' takes {chosen}; its Triton kernels can be asked for by mc_backend='triton'"
+    return chosen, "its Triton kernels: mc_backend='triton', or 'auto' on a GPU where they qualify"
 
 
 def backends() -> list[tuple[str, str, str, str]]:

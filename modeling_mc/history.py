@@ -348,7 +348,7 @@ class TokenHistory(Slots):
         Args:
             borders: of all levels. gates: `[B, H, S]`, what past segments received.
         """
-        position, backend = layer.position, self.memory.config.mc_backend
+        position, backend = layer.position, self.memory.backend
         full = borders.full(position[:, None])  # [B, L]
         if real is not None:
             full = full & real[:, None]

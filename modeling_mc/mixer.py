@@ -22,6 +22,7 @@ from .history import Caches, History, Level
 from .least_read import LeastReadHistory
 from .memories import MEMORIES, Bias, Memory, State
 from .norms import make_output_norm, unit
+from .qualify import auto_backend, kind_of
 from .read_gates import GateLog, ReadGates, by_segment
 from .segments import SegmentTable, rows_where
 from .summary import Summary
@@ -106,6 +107,7 @@ class Mixer(nn.Module):
         self.aggregation = Aggregation(config, memory)
         self.carry = config.state_init == "checkpoint" or not self.aggregation.uses_cache
         self.history = make_history(config, memory, self.carry)
+        self.kind = kind_of(config, self.num_heads)
         self.cache_signature = {name: getattr(config, name) for name in CACHE_FIELDS} | {
             "heads": self.num_heads,
             "key_heads": self.num_key_heads,
@@ -310,6 +312,10 @@ class Mixer(nn.Module):
         parts = self._project(x, table, layer)
         if table.gates is not None:
             table.gates[self.layer_idx] = GateLog(self._columns(table, layer))
+        if self.config.mc_backend == "auto":
+            chosen = auto_backend(self.memory, self.kind, parts.q)
+            if chosen != self.memory.chosen:
+                self.memory.chosen = chosen
         with autocast_off(x.device):  # states and gates are fp32, in one pass and token by token
             if self.config.mc_backend == "reference":
                 out = self._reference(parts, table, layer)

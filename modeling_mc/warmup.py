@@ -10,6 +10,7 @@ from torch import nn
 from ..kernels.shared.ops import choose_backend
 from .cache import MCCache
 from .mixer import MCMixer
+from .qualify import FUSED, auto_backend
 
 
 SEGMENTS = 8  # of the text that kernels are compiled, and their variants timed, with
@@ -20,7 +21,9 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
     """Compile the Triton kernels that `model` needs, so that no step of a training and no token has to wait for them.
 
     A layer of every kind runs on random tokens: forward and backward, a prompt, its continuation and one token more.
-    Triton keeps kernels on disk, so a second process starts fast. What is not covered: texts shorter than a segment.
+    Triton keeps kernels on disk, so a second process starts fast. With `mc_backend="auto"` it is found out first
+    whether they are right and faster here; compiled models only look that up. What is not covered: texts
+    shorter than a segment.
     Weights, gradients and random numbers stay as they are.
 
     Args:
@@ -45,10 +48,8 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
     for (_, device), mixer in mixers.items():
         kind, config = f"{mixer.config.memory} {mixer.config.aggregation} on {device}", mixer.config
         example = torch.empty(0, dtype=getattr(model, "dtype", torch.float32), device=device)
-        if (
-            choose_backend(config.mc_backend, "warmup", example, mixer.memory.key_dim, mixer.memory.value_dim)
-            == "torch"
-        ):
+        widths = (mixer.memory.key_dim, mixer.memory.value_dim)
+        if choose_backend(_asked(mixer, example, training), "warmup", example, *widths) == "torch":
             logger.warning("warmup: %s runs torch (`mc_backend`=%r): nothing to compile", kind, config.mc_backend)
             continue
         start = time.perf_counter()
@@ -56,6 +57,17 @@ def warmup(model: nn.Module, training: bool = True, state_dtype: torch.dtype | N
             _run(mixer, example, training, state_dtype)
         done.append(f"{kind}: {time.perf_counter() - start:.1f} s")
     return done
+
+
+def _asked(mixer: MCMixer, example: torch.Tensor, training: bool) -> str:
+    """The backend that the ops are asked for, in one of the passes at least; "auto" is decided now."""
+    chosen = mixer.config.mc_backend
+    if chosen != "auto":
+        return chosen
+    with torch.enable_grad():
+        trained = [auto_backend(mixer.memory, mixer.kind, example.detach().requires_grad_())] if training else []
+    found = [auto_backend(mixer.memory, mixer.kind, example), *trained]
+    return FUSED if FUSED in found else chosen
 
 
 def _run(mixer: MCMixer, example: torch.Tensor, training: bool, state_dtype: torch.dtype | None) -> None:

@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -64,11 +63,6 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(NAMESPACE).info(message)
-
-
 def _no_triton(x: torch.Tensor, widths: tuple[int, ...], widest: int) -> str | None:
     """Why the Triton kernels cannot take these inputs, or None."""
     if not HAS_TRITON:
@@ -88,17 +82,18 @@ def choose_backend(
     """The implementation of `op`, "triton" or "torch", for inputs like `x` and heads of `widths`.
 
     Args:
-        requested: `MCConfig.mc_backend`; "auto" is torch until the Triton kernels have run on a GPU; logged once.
+        requested: `MCConfig.mc_backend`; "auto" is torch; "qualified", what a layer asks for whose Triton kernels were
+            found to be right and faster here, is Triton where it is available.
         widest: of the widths that the op's kernels are written for. missing: what else they cannot do, in words.
 
     Raises:
         ValueError: "triton" is requested and not available.
     """
-    if requested != "triton":
-        if requested == "auto" and x.device.type == "cuda" and not torch.compiler.is_compiling():
-            _log_once(f"{op}: torch, because its Triton kernels have not run on a GPU yet (mc_backend='triton')")
+    if requested not in ("triton", "qualified"):
         return "torch"
     problem = missing or _no_triton(x, widths, widest)
+    if problem is not None and requested == "qualified":
+        return "torch"
     if problem is not None:
         raise ValueError(f"`mc_backend`='triton' is not possible for `{op}`: {problem}; allowed here: 'torch', 'auto'")
     return "triton"

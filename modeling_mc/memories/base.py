@@ -124,11 +124,16 @@ class Memory(Reads):
 
     def __init__(self, config) -> None:
         super().__init__()
-        self.config = config  # the backend is looked up in every call
+        self.config, self.chosen = config, "auto"
         self.gate_names = self.gate_names_for(config)
         self.num_heads = config.memory_heads
         self.key_dim = config.memory_key_dim
         self.value_dim = config.memory_value_dim
+
+    @property
+    def backend(self) -> str:
+        """What its ops are asked for: `mc_backend`, or what "auto" was last found to be (`qualify.py`)."""
+        return self.chosen if self.config.mc_backend == "auto" else self.config.mc_backend
 
     @classmethod
     def check(cls, config) -> None:

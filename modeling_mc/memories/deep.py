@@ -252,7 +252,7 @@ class DeepMemory(Memory):
             begun = begun.unflatten(0, (len(run), -1))[torch.arange(len(run), device=q.device), run]
             last = (begun * torch.arange(begun.shape[1], device=q.device)).amax(1)
             calls.append((*inputs, *maps, *norm, run, last))
-            kind = {"loss": self.loss, "read": read, "backend": self.config.mc_backend}
+            kind = {"loss": self.loss, "read": read, "backend": self.backend}
             answer, *end = deep_write(queries, *calls[-1], **kind)
             answers.append(answer)
             if piece > 0:  # without a token in this piece, the running inner chunk is an earlier one
@@ -266,7 +266,7 @@ class DeepMemory(Memory):
         count = (count % self.chunk)[..., None].expand(-1, -1, self.num_heads)
         parts = zip(*(end if self.momentum else end[:4] for end in ends), strict=True)
         ends = (*map(layout.ends, parts), count)
-        return DeepTrace(layout, calls, self.loss, self.config.mc_backend, q, ends, (read, q, answer))
+        return DeepTrace(layout, calls, self.loss, self.backend, q, ends, (read, q, answer))
 
     def _inputs(self, layout: Layout, q, k, v, gates, table) -> Iterator[tuple]:
         """Per call: queries; keys, values and coefficients; which chunks hold a token `[B, chunks]`."""
@@ -306,10 +306,10 @@ class DeepMemory(Memory):
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
         gating = (summaries, online_logit, *self.norm, birth, first, function)
-        return deep_read(q, u, *states, *gating, self.config.mc_backend)
+        return deep_read(q, u, *states, *gating, self.backend)
 
     def selected_read(self, q, weights, states, index):
-        return deep_selected_read(q, weights, *states, *self.norm, index, self.config.mc_backend)
+        return deep_selected_read(q, weights, *states, *self.norm, index, self.backend)
 
     def constant_read(self, q: torch.Tensor, states: State, visible: torch.Tensor) -> torch.Tensor:
-        return deep_constant_read(q, *states, *self.norm, visible, self.config.mc_backend)
+        return deep_constant_read(q, *states, *self.norm, visible, self.backend)

@@ -58,5 +58,5 @@ class GatedDeltaMemory(MatrixMemory):
         return Trace(online, (ends,))
 
     def step(self, state: State, k, v, gates) -> State:
-        strengths, backend = (gates["log_decay"], gates["write"]), self.config.mc_backend
+        strengths, backend = (gates["log_decay"], gates["write"]), self.backend
         return (state_step(state[0], k, v, *strengths, delta=True, backend=backend),)

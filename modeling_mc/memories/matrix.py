@@ -27,7 +27,7 @@ class MatrixMemory(Memory):
             v = v * gates["write"][..., None].to(v.dtype)
         initial = None if state is None else state[0]
         starts = table.starts if carry else None
-        log_decay, backend = gates.get("log_decay"), self.config.mc_backend
+        log_decay, backend = gates.get("log_decay"), self.backend
         online, ends = linear_write(q, k, v, log_decay, initial, starts, carry, backend)
         return Trace(online, (ends,))
 
@@ -51,17 +51,17 @@ class MatrixMemory(Memory):
 
     def step(self, state: State, k, v, gates) -> State:
         strengths = (gates.get("log_decay"), gates.get("write"))
-        return (state_step(state[0], k, v, *strengths, backend=self.config.mc_backend),)
+        return (state_step(state[0], k, v, *strengths, backend=self.backend),)
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         return (q.to(state[0].dtype)[..., None, :] @ state[0])[..., 0, :]
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
         gating = (summaries, online_logit, birth, first, function)
-        return segment_read(q, u, states[0], *gating, self.config.mc_backend)
+        return segment_read(q, u, states[0], *gating, self.backend)
 
     def selected_read(self, q, weights, states, index):
-        return selected_read(q, weights, states[0], index, self.config.mc_backend)
+        return selected_read(q, weights, states[0], index, self.backend)
 
     def token_read(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function, scale=None):
         gating = (summaries, visible, index, top_k, function)
@@ -69,7 +69,7 @@ class MatrixMemory(Memory):
             return super().token_read(q, u, online, online_logit, kept, *gating, scale)
         # an empty online memory leaves the sum of the cached answers
         now = online[0] if scale is None else online[0].new_zeros(()).expand_as(online[0])
-        out, index = decode_step(q, u, now, online_logit, *kept.stored(0), *gating, self.config.mc_backend)
+        out, index = decode_step(q, u, now, online_logit, *kept.stored(0), *gating, self.backend)
         return (out if scale is None else mix_answers(out, None, self.read(online, q), scale)), index
 
     def token_soup(self, q, u, online, online_logit, kept, *gating):

@@ -76,11 +76,11 @@ class Reads(nn.Module):
         """The part of finished segments in a soup's linear map number `index`, and the online gate; see
         `kernels.read.segment`. x: the map's inputs."""
         gating = (summaries, online_logit, birth, first, function)
-        return segment_read(x, u, states[index], *gating, self.config.mc_backend)
+        return segment_read(x, u, states[index], *gating, self.backend)
 
     def route(self, u, summaries, birth, first, top_k):
         """The finished segments that tokens choose (eq. 16), see `kernels.read.selected`."""
-        return segment_route(u, summaries, birth, first, top_k, self.config.mc_backend)
+        return segment_route(u, summaries, birth, first, top_k, self.backend)
 
     def between(self, index: int, z: torch.Tensor) -> torch.Tensor:
         """The pointwise function after map number `index` (soup of memories with several maps)."""

@@ -52,7 +52,7 @@ class SWLAMemory(MatrixMemory):
 
         last_k, last_v = earlier(k, state[1]), earlier(v, state[2])
         starts = table.starts if carry else None
-        log_decay, backend = gates["log_decay"], self.config.mc_backend
+        log_decay, backend = gates["log_decay"], self.backend
         # the rule is linear in what is written: the online answers of the two writes add up
         written = v * gates["write"][..., None].to(v.dtype)
         new, ends = linear_write(q, k, written, log_decay, state[0], starts, carry, backend)
@@ -62,6 +62,6 @@ class SWLAMemory(MatrixMemory):
 
     def step(self, state: State, k, v, gates) -> State:
         matrix, last_k, last_v = state
-        again, backend = (last_k, last_v, gates["again"]), self.config.mc_backend
+        again, backend = (last_k, last_v, gates["again"]), self.backend
         matrix = state_step(matrix, k, v, gates["log_decay"], gates["write"], again, backend=backend)
         return matrix, k.to(matrix.dtype, copy=True), v.to(matrix.dtype, copy=True)
