@@ -50,8 +50,9 @@ class PrefixStore:
     the one before it has stored.
 
     Nothing is remembered (a counted miss) with `segmentation="logarithmic"` or `"content"` or
-    `cache_eviction="least_read"`, whose caches cannot be told apart by segments, with a cache of rounded, offloaded or noted states, with a static cache,
-    `use_cache=False`, `inputs_embeds`, assisted decoding, or padding that is not on the left.
+    `cache_eviction="least_read"`, whose caches cannot be told apart by segments, with a cache of rounded, offloaded or
+    noted states, with a static cache, `use_cache=False`, `inputs_embeds`, assisted decoding, or padding that is not on
+    the left.
 
     Args:
         model: whose prompts these are, also one with a head.
