@@ -126,6 +126,22 @@ def mqar_256() -> list[Cell]:
     return cells
 
 
+def bursts() -> list[Cell]:
+    """Recall of 32 pairs that come in 6 bursts of uneven lengths, between silences: borders every 16 tokens against
+    borders that content chooses, with a rate loss that works for as many states."""
+    size = {"seq_len": 256, "bursts": 6, "silence": 64, "random_non_queries": False, "steps": 1500}
+    chosen = {"segmentation": "content", "least_segment_size": 4, "mean_segment_size": 16, "border_loss_weight": 0.3}
+    rules = {"dissimilarity": {}, "budget": {"border_rule": "budget", "border_budget": 6.0}}
+    borders = {"constant": {"segment_size": 16}} | {
+        name: {"segment_size": 48, "options": json.dumps(chosen | rule)} for name, rule in rules.items()
+    }
+    cells = [Cell("none", "recall", RECALL | size | {"aggregation": "none"}, (1e-2,))]
+    for read in ("grm", "ssc"):
+        for name, fields in borders.items():
+            cells.append(Cell(f"{read}, {name}", "recall", RECALL | size | {"aggregation": read} | fields, (1e-2,)))
+    return cells
+
+
 def vectors() -> list[Cell]:
     """Recall that LSTM and GRU can learn: few pairs, few ids, nothing in between."""
     easy = RECALL | {"seq_len": 64, "vocab": 32, "width": 64, "batch": 32, "random_non_queries": False}
@@ -343,6 +359,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
         mqar,
         mqar_64,
         mqar_256,
+        bursts,
         vectors,
         cells,
         ablations,

@@ -103,8 +103,15 @@ def build_model(config: ExperimentConfig, vocab_size: int, max_length: int) -> P
 
 def query_logits(model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Logits where there is a label, [labels != -100, vocab]: the head is expensive, and most tokens may have none."""
-    hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(hidden[labels != -100])
+    return _logits_and_border_loss(model, input_ids, labels)[0]
+
+
+def _logits_and_border_loss(
+    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `query_logits`; and the rate loss of borders that content chooses, if it does."""
+    out = model.base_model(input_ids=input_ids, use_cache=False)
+    return model.get_output_embeddings()(out.last_hidden_state[labels != -100]), out.border_loss
 
 
 @torch.no_grad()
@@ -151,7 +158,10 @@ def train(
             schedule = schedule or ReadSchedule(input_ids.shape[1] // config.segment_size, config.dense_part)
             for mixer in mixers:
                 mixer.aggregation.top_k = schedule.selected(step - 1, config.steps, config.k)
-        loss = F.cross_entropy(query_logits(model, input_ids, labels).float(), labels[labels != -100])
+        logits, border_loss = _logits_and_border_loss(model, input_ids, labels)
+        loss = F.cross_entropy(logits.float(), labels[labels != -100])
+        if border_loss is not None:
+            loss = loss + model.config.border_loss_weight * border_loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)

@@ -132,3 +132,22 @@ def test_a_saved_model_generates_with_a_cache(tmp_path):
     loaded = MCForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.config.use_cache and loaded.generation_config.use_cache
     assert loaded.config.pad_token_id == loaded.generation_config.pad_token_id == 0
+
+
+def test_pairs_in_bursts():
+    """Neighbours stay together; as many runs as bursts at most, the first and last silence may be empty."""
+    ids, labels = mqar_batch(40, 128, 12, 64, bursts=4, silence=20, random_non_queries=False)
+    lengths = set()
+    for row, targets in zip(ids.tolist(), labels.tolist(), strict=True):
+        context = row[: 2 * 12 + 20]
+        places = [place for place, token in enumerate(context) if token]
+        pairs = dict(zip([context[p] for p in places[::2]], [context[p] for p in places[1::2]], strict=True))
+        assert len(pairs) == 12 and all(b == a + 1 for a, b in zip(places[::2], places[1::2], strict=True))
+        breaks = [b - a - 1 for a, b in zip(places, places[1:], strict=False) if b > a + 1]
+        assert len(breaks) <= 3 and sum(breaks) <= 20
+        lengths |= {*breaks}
+        asked = {token: target for token, target in zip(row, targets, strict=True) if target != -100}
+        assert asked == pairs
+    assert len(lengths) > 5
+    with pytest.raises(ValueError, match="bursts=13 and silence=20: 1 to 12 bursts"):
+        mqar_batch(1, 128, 12, 64, bursts=13, silence=20)
