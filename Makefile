@@ -1,5 +1,5 @@
 # make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make test-vllm |
-# make test-serve | make test-ui | make lint | make clean. The first call builds .venv; later calls reuse it.
+# make test-serve | make test-ui | make test-export | make lint | make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ SERVE_STAMP := $(VENV)/.stamp-serve
 UI := .venv-ui
 UI_STAMP := $(UI)/.stamp-test
 
-.PHONY: demo smollm2 test trust test-oldest test-vllm test-serve test-ui docs lint clean
+.PHONY: demo smollm2 test trust test-oldest test-vllm test-serve test-ui test-export docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -55,6 +55,10 @@ test-serve: $(SERVE_STAMP)
 # the page that shows a memory, in a headless Chromium where there is one
 test-ui: $(UI_STAMP)
 	$(UI)/bin/python -m pytest tests/serving/test_page.py
+
+# exported models in ONNX Runtime: the whole matrix of memories and read rules, of which `make test` runs two
+test-export: $(TEST_STAMP)
+	MC_EXPORT=1 $(BIN)/python -m pytest -n 2 tests/conversion/test_export.py
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests

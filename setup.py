@@ -15,6 +15,8 @@ GGUF = ["gguf>=0.17"]
 SFT = ["trl>=1", *TRAIN]
 SERVE = ["transformers[serving]"]
 UI = ["gradio>=5"]
+ONNX = ["onnx>=1.21", "onnxscript>=0.7", "onnxruntime>=1.21"]
+EXPORT = ["torch>=2.11", "transformers>=5.24,<6", *ONNX]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "ruff"]
 TEST = [
     "pytest",
@@ -25,6 +27,7 @@ TEST = [
     "import-linter>=2.15",
     "setuptools>=77",
     *GGUF,
+    *ONNX,
     *SFT,
 ]
 
@@ -58,6 +61,7 @@ setup(
         "mc_transformers.conversion",
         "mc_transformers.conversion.sources",
         "mc_transformers.conversion.distil",
+        "mc_transformers.conversion.export",
         "mc_transformers.hub",
         "mc_transformers.training",
         "mc_transformers.cli",
@@ -77,7 +81,16 @@ setup(
         "huggingface-hub",
         'triton; platform_system=="Linux"',
     ],
-    extras_require={"train": TRAIN, "gguf": GGUF, "sft": SFT, "serve": SERVE, "ui": UI, "test": TEST, "docs": DOCS},
+    extras_require={
+        "train": TRAIN,
+        "gguf": GGUF,
+        "sft": SFT,
+        "serve": SERVE,
+        "ui": UI,
+        "export": EXPORT,
+        "test": TEST,
+        "docs": DOCS,
+    },
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: OS Independent",

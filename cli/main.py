@@ -17,6 +17,7 @@ from ..hub.publish import hide_tokens
 from ..modeling_mc.memories import MEMORIES
 from .arguments import PROGRAM, at_least_two, count, examples, heat, numbers, positive, share
 from .distil import add_parser as add_distil_parser
+from .export import add_parser as add_export_parser
 from .qualify import add_parser as add_qualify_parser
 from .serving import add_parsers as add_serving_parsers
 
@@ -397,6 +398,7 @@ def build_parser() -> argparse.ArgumentParser:
     _publish_parser(commands)
     _convert_parser(commands)
     add_distil_parser(commands)
+    add_export_parser(commands)
     add_serving_parsers(commands)
     add_qualify_parser(commands)
     return parser

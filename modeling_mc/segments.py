@@ -163,7 +163,8 @@ class SegmentTable:
                 )
             cls._check_mask_values(attention_mask)
             mask = attention_mask != 0
-            order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+            rank = torch.arange(num_tokens, device=mask.device)  # no two alike: exporters know no stable sort
+            order = torch.where(mask, rank, rank + num_tokens).argsort(1)
             length = mask.sum(1)
 
         return cls._build_rows(borders, num_tokens, align, length, position, order, mask)

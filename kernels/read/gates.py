@@ -119,8 +119,9 @@ def gate_logits_backward(
 def first_readable(first: torch.Tensor) -> list[int]:
     """Per query segment the first memory that any row may read, from `first` `[R, N]` of `segment_read`: a bounded
     cache and packed documents then cost what they may read, and not all that is there. 0 where knowing it would stall
-    a GPU."""
-    return first.amin(0).tolist() if first.device.type == "cpu" else [0] * first.shape[1]
+    a GPU, and where an exporter traces."""
+    known = first.device.type == "cpu" and not torch.compiler.is_compiling()
+    return first.amin(0).tolist() if known else [0] * first.shape[1]
 
 
 def hidden_memories(birth: torch.Tensor, first: torch.Tensor, segments: slice, memories: slice) -> torch.Tensor:

@@ -75,12 +75,12 @@ class Tiles:
 
     def __init__(self, index: torch.Tensor, num_memories: int, largest: int = 256) -> None:
         rows, num, width, heads, self.top_k = index.shape
-        device, on_cpu = index.device, index.device.type == "cpu"
+        device, exporting = index.device, torch.compiler.is_compiling()
         row = torch.arange(rows, device=device).view(-1, 1, 1, 1, 1)
         head = torch.arange(heads, device=device).view(-1, 1)
         groups = rows * num_memories * heads
         key = torch.where(index < 0, groups, (row * num_memories + index) * heads + head).flatten()
-        key, pair = key.sort(stable=True)
+        key, pair = key.sort(stable=not exporting)  # exporters know no stable one; answers are the same
         counts = torch.searchsorted(key, torch.arange(groups + 1, device=device)).diff()
         average = key.numel() // max(1, groups)
         self.size = max(16, min(largest, 1 << max(average - 1, 1).bit_length()))
@@ -88,7 +88,8 @@ class Tiles:
         last_tile, last_pair = tiles.cumsum(0), counts.cumsum(0)
         self.borders = torch.cat([last_tile.new_zeros(1), last_tile])  # memory i has the tiles borders[i : i + 1]
         # on a GPU the number of tiles stays an upper bound: reading it back would stall the queue
-        self.num = 1 + (int(last_tile[-1]) if on_cpu else key.numel() // self.size + groups)
+        counted = device.type == "cpu" and not exporting
+        self.num = 1 + (int(last_tile[-1]) if counted else key.numel() // self.size + groups)
         tile = torch.arange(self.num, device=device)
         self.memory = torch.searchsorted(last_tile, tile, right=True).clamp(max=groups - 1)
         known = key.clamp(max=groups - 1)

@@ -23,6 +23,7 @@ KERNELS, DOT = __name__.removesuffix("ops")[: -len("shared.")], __name__[-len("o
 WIDEST, WIDEST_DEEP = 256, 128  # head width up to which the Triton kernels (of deep memories) are written
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, str | None] = {}  # every op that is registered, and the module of its Triton kernels
+PLAIN: dict[Callable, Callable] = {}  # registered ops, and the functions of PyTorch that they are made of
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -129,6 +130,7 @@ def _custom_op(
         f"{NAMESPACE}::{name}", without_autocast(function), mutates_args=mutates, schema=schema
     )
     op.register_fake(lambda *args: fake(*args[:count]))
+    PLAIN[op._opoverload] = function
     return op
 
 

@@ -22,7 +22,7 @@ def _previous_token(table: SegmentTable, carry: bool) -> torch.Tensor:
     begin[:, 0] = torch.where(begin[:, 0] > 0, begin[:, 0], 1)
     slots = 2 * torch.arange(num * width, device=start.device).view(num, width) + 3
     events = torch.cat([begin[..., None], torch.where(table.valid, slots, 0)], -1)
-    latest = events.flatten(1).cummax(1).values.view(rows, num, width + 1)
+    latest = events.flatten(1).cummax(1)[0].view(rows, num, width + 1)
     return torch.where(latest % 2 == 0, 0, (latest + 1) // 2)
 
 
