@@ -35,6 +35,9 @@ DEVICES = {"cuda"}  # kinds of devices on which kernels are tried
 SECONDS = 120.0  # for the look at a layer kind
 LONGEST_SEGMENT = 1024  # of the text that is tried: kernels are the same for all lengths
 ENOUGH = 1.05  # how many times as fast as PyTorch
+# by name, as it imports what imports this; a flat copy of the code (a Hub repository) has no such module, and no looks
+TRIAL = f"{__name__.rpartition('.')[0]}.trial"
+CAN_LOOK = HAS_TRITON and Path(__file__).with_name("trial.py").is_file()
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 TORCH, FUSED = "auto", "qualified"  # what ops are asked for
 # fields that decide which kernels run, and how fast they are
@@ -76,7 +79,7 @@ def kind_of(config, num_heads: int) -> str:
 def auto_backend(memory: torch.nn.Module, kind: str, x: torch.Tensor) -> str:
     """What the ops of a memory are to be asked for, with activations like x, "qualified" (Triton, if there is one)
     or "auto" (PyTorch)."""
-    if x.device.type not in DEVICES or not (HAS_TRITON and memory.has_triton) or x.dtype not in DTYPES:
+    if x.device.type not in DEVICES or not (CAN_LOOK and memory.has_triton) or x.dtype not in DTYPES:
         return TORCH
     training = torch.is_grad_enabled() and x.requires_grad
     name = "training" if training else "inference"
@@ -174,12 +177,9 @@ def _key(kind: str, dtype: torch.dtype, device: torch.device, name: str) -> dict
 
 
 def _source() -> str:
-    """Hash of all kernels, as they lie in this package or in a flat copy of it."""
-    here = Path(__file__)
-    flat = here.name != "qualify.py"
-    files = here.parent.glob("kernels_*.py") if flat else (here.parents[1] / "kernels").rglob("*.py")
+    """Hash of all kernels."""
     digest = hashlib.sha256()
-    for file in sorted(files):
+    for file in sorted((Path(__file__).parents[1] / "kernels").rglob("*.py")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -240,7 +240,7 @@ def _alone(path: Path, seconds: float) -> Iterator[tuple[bool, bool]]:
 # ------------------------------------------------------------------------------------------------- the other process
 def _command() -> list[str]:
     path = [entry for entry in sys.path if entry] + [os.getcwd()]
-    code = f"import sys; sys.path[:] = {path!r}; import importlib; importlib.import_module({__name__!r}).answer()"
+    code = f"import sys; sys.path[:] = {path!r}; import importlib; importlib.import_module({TRIAL!r}).answer()"
     return [sys.executable, "-c", code]
 
 
@@ -261,23 +261,3 @@ def _look(key: dict, device: str, deterministic: bool, seconds: float, command: 
     except (ValueError, IndexError):
         lines = done.stderr.strip().splitlines()
         return {"problem": f"the look ended with {done.returncode} ({lines[-1][:200] if lines else ''})", "kept": True}
-
-
-def answer() -> None:
-    """What the other process does: a request on stdin, what it has seen as the last line of stdout."""
-    from .trial import look
-
-    request = json.loads(sys.stdin.read())
-    key = request["key"]
-    if key["precision"] is not None:
-        torch.backends.cuda.matmul.fp32_precision = key["precision"]
-    dtype, device = getattr(torch, key["dtype"]), torch.device(request["device"])
-    try:
-        seen = look(key["kind"], dtype, device, key["pass"] == "training", request["timed"]) | {"kept": True}
-    except torch.OutOfMemoryError:
-        seen = {"problem": "no memory for a look", "kept": False}
-    except torch.AcceleratorError as error:  # the GPU belongs to one process alone, or the kernels broke it
-        seen = {"problem": f"{type(error).__name__}: {error}"[:300], "kept": "unavailable" not in str(error)}
-    except Exception as error:
-        seen = {"problem": f"{type(error).__name__}: {error}"[:300], "kept": True}
-    print("\n" + json.dumps(seen), flush=True)

@@ -1,6 +1,8 @@
 # Copyright 2026 the mc-transformers authors.
 """One layer on both backends, on random input: are the Triton kernels right and faster? Asked by `qualify.py`."""
 
+import json
+import sys
 import time
 from collections.abc import Callable
 
@@ -166,3 +168,21 @@ def look(fields: dict, dtype: torch.dtype, device: torch.device, training: bool,
     if found["right"] and timed:
         found["speedup"] = speed(mixer, training)
     return found
+
+
+def answer() -> None:
+    """What the other process does: a request on stdin, what it has seen as the last line of stdout."""
+    request = json.loads(sys.stdin.read())
+    key = request["key"]
+    if key["precision"] is not None:
+        torch.backends.cuda.matmul.fp32_precision = key["precision"]
+    dtype, device = getattr(torch, key["dtype"]), torch.device(request["device"])
+    try:
+        seen = look(key["kind"], dtype, device, key["pass"] == "training", request["timed"]) | {"kept": True}
+    except torch.OutOfMemoryError:
+        seen = {"problem": "no memory for a look", "kept": False}
+    except torch.AcceleratorError as error:  # the GPU belongs to one process alone, or the kernels broke it
+        seen = {"problem": f"{type(error).__name__}: {error}"[:300], "kept": "unavailable" not in str(error)}
+    except Exception as error:
+        seen = {"problem": f"{type(error).__name__}: {error}"[:300], "kept": True}
+    print("\n" + json.dumps(seen), flush=True)
