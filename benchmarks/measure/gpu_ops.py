@@ -91,6 +91,14 @@ def write_op(size: Size) -> Op:
     )
 
 
+def independent_op(size: Size) -> Op:
+    """Segments that start from nothing, without a decay."""
+    op = write_op(size)
+    return Op(
+        lambda backend, *x: linear_write(*x, None, None, None, False, backend), op.inputs[:3], op.half, op.products
+    )
+
+
 def _memories(size: Size) -> tuple[torch.Tensor, ...]:
     """States, summaries, birth and first."""
     birth = torch.cat([torch.zeros(size.cached), torch.arange(1, size.num + 1)]).long().to(DEVICE)
@@ -112,6 +120,14 @@ def read_op(size: Size) -> Op:
         (0, 1, 2),
         size.pairs * size.dim * size.value,
     )
+
+
+def packed_op(size: Size) -> Op:
+    """Documents of about two segments: a token reads those of its own only."""
+    op, first = read_op(size), torch.arange(size.num, device=DEVICE) // 2 * 2
+    op.inputs[-1] = (first + size.cached * (first > 0)).expand(size.rows, -1).contiguous()
+    op.products //= max(1, size.memories // 2)
+    return op
 
 
 def route_op(size: Size) -> Op:
@@ -260,6 +276,8 @@ DEEP: dict[str, Callable[[Size], Op]] = {
 OPS: dict[str, Callable[[Size], Op]] = {
     "linear_write": write_op,
     "segment_read": read_op,
+    "linear_write independent": independent_op,
+    "segment_read packed": packed_op,
     "segment_route": route_op,
     "selected_read": selected_op,
     "decode_step": decode_op,
@@ -291,7 +309,8 @@ def results(call: Callable, inputs: list, cotangents: list | None = None) -> tup
 
 
 def check(build: Callable[[Size], Op], size: Size, dtype: torch.dtype) -> dict:
-    """How far the kernels are from torch in float64 on the same inputs."""
+    """How far the kernels are from torch in float64 on the same inputs. `deep_write` may be further: its products are
+    TF32's, which Triton truncates."""
     op = build(size)
     inputs = rounded(op, dtype)
     actual, cotangents = results(lambda *x: op.call("triton", *x), inputs)
@@ -301,4 +320,5 @@ def check(build: Callable[[Size], Op], size: Size, dtype: torch.dtype) -> dict:
         equal = (actual[0] == expected[0]).double().mean().item()
         return {"equal": equal, "ok": equal > 0.999}
     errors = [rms_ratio(a, e) for a, e in zip(actual, expected, strict=True)]
-    return {"errors": errors, "ok": max(errors) < TOLERANCE[dtype]}
+    allowed = 1e-2 if build in (DEEP["deep_write dla"], DEEP["deep_write titans"]) else TOLERANCE[dtype]
+    return {"errors": errors, "ok": max(errors) < allowed}
