@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -341,14 +341,22 @@ def layer_cases() -> Iterator[Case]:
                 yield case(f"linear {aggregation}", partial(layer_of, "linear", aggregation))
             if not backward:
                 continue
-            for aggregation in ("grm", "ssc"):
-                yield case(f"linear {aggregation}", partial(layer_of, "linear", aggregation), "compiled", limit=75.0)
             yield case("gated_linear ssc", partial(layer_of, "gated_linear", "ssc"))
             if length == LENGTHS[0]:
                 build = partial(layer_of, "swla", "grm", "triton", WIDE, WIDE_HEADS)
                 yield case("swla grm", build, size=WIDE * WIDE_HEADS)
             if length == LENGTHS[-1]:
                 yield case("linear grm", partial(layer_of, "linear", "grm"), "packed")
+    for length in LENGTHS:
+        for aggregation in ("grm", "ssc"):
+            run = partial(time_layer, *compiled(aggregation, length))
+            fields = {"length": length, "pass": "forward+backward", "how": "compiled"}
+            yield Case("layer", f"linear {aggregation}", run, fields, 75.0)
+
+
+def compiled(aggregation: str, length: int) -> tuple:
+    """Arguments of `stepper`: a training step of a layer by `torch.compile`."""
+    return partial(layer_of, "linear", aggregation), HEADS * DIM, length, True, "compiled"
 
 
 def deep_cases() -> Iterator[Case]:
@@ -442,11 +450,20 @@ def compile_layer(memory: str, aggregation: str, dim: int) -> dict:
     return {}
 
 
+def compile_step(aggregation: str, length: int) -> dict:
+    stepper(*compiled(aggregation, length))[0]()
+    return {}
+
+
 def compile_cases() -> Iterator[Case]:
     """For the cases above, slowest compilations first; one process each, as many at once as there are cores."""
     if SMOKE:
         yield Case("compile", "linear_write", partial(compile_op, "linear_write", DIM, torch.bfloat16))
         return
+    for length in LENGTHS:  # its results are kept on disk too
+        for aggregation in ("grm", "ssc"):
+            run = partial(compile_step, aggregation, length)
+            yield Case("compile", f"linear {aggregation}", run, {"length": length, "how": "compiled"})
     for memory, aggregation in (("titans", "grm"), ("dla", "grm"), ("titans", "ssc")):
         yield Case("compile", f"{memory} {aggregation}", partial(compile_layer, memory, aggregation, DEEP_DIM))
     for dim in (DIM, WIDE):
@@ -467,6 +484,7 @@ def peak_cases() -> Iterator[Case]:
 
 
 def every_case() -> list[Case]:
-    """All cases, in the order in which they run."""
+    """All cases, in the order in which they run. Compilation has a limit of its own."""
+    ahead = [replace(case, limit=90.0) for case in compile_cases()]
     makers = (peak_cases, correctness_cases, op_cases, profile_cases, layer_cases, decode_cases, deep_cases)
-    return [*compile_cases(), *(case for make_cases in makers for case in make_cases())]
+    return [*ahead, *(case for make_cases in makers for case in make_cases())]
