@@ -1,5 +1,5 @@
 # make demo | make smollm2 | make test | make trust | make docs | make test-oldest | make test-vllm |
-# make test-serve | make test-ui | make test-export | make lint | make clean. The first call builds .venv; later calls reuse it.
+# make test-serve | make test-ui | make test-export | make test-browser | make lint | make clean. The first call builds .venv; later calls reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ SERVE_STAMP := $(VENV)/.stamp-serve
 UI := .venv-ui
 UI_STAMP := $(UI)/.stamp-test
 
-.PHONY: demo smollm2 test trust test-oldest test-vllm test-serve test-ui test-export docs lint clean
+.PHONY: demo smollm2 test trust test-oldest test-vllm test-serve test-ui test-export test-browser docs lint clean
 
 demo: $(TRAIN_STAMP)
 	$(BIN)/python examples/demo.py
@@ -59,6 +59,13 @@ test-ui: $(UI_STAMP)
 # exported models in ONNX Runtime: the whole matrix of memories and read rules, of which `make test` runs two
 test-export: $(TEST_STAMP)
 	MC_EXPORT=1 $(BIN)/python -m pytest -n 2 tests/conversion/test_export.py
+
+# the page of examples/onnx_chat/web with onnxruntime-web (needs npm, chromium and chromedriver)
+ORT_WEB := build/web/node_modules/onnxruntime-web/dist
+test-browser: $(TEST_STAMP)
+	$(BIN)/python -m pip install selenium
+	test -d $(ORT_WEB) || npm install --no-audit --no-fund --prefix build/web onnxruntime-web@1.30.0
+	MC_ORT_WEB=$(CURDIR)/$(ORT_WEB) $(BIN)/python -m pytest -s tests/conversion/test_browser.py
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -n 2 tests

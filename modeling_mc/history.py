@@ -284,7 +284,8 @@ class GridHistory(Slots):
             index = level.table.running_index()
             last, begun = index.clamp(max=level.table.num_segments - 1), index < level.table.num_segments
             fresh = self.memory.initial_state(len(row), row.device, level.ends[0].dtype)
-            ends = [rows_where(begun | self.carry, e[row, last], f) for e, f in zip(level.ends, fresh, strict=True)]
+            stays = torch.ones_like(begun) if self.carry else begun
+            ends = [rows_where(stays, e[row, last], f) for e, f in zip(level.ends, fresh, strict=True)]
             if level.sums is not None:
                 ends.append(rows_where(begun, level.sums[row, last], torch.zeros_like(level.sums[:, 0])))
             running.append(ends)
