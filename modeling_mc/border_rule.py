@@ -106,10 +106,12 @@ class BorderRule(nn.Module):
         Args:
             x: `[B, T, hidden]`, embeddings. table: of these tokens, with any borders. held: tensors of a cache layer.
         """
+        home, table = table.length.device, table.to(x.device)
         x = table.compact(x)
         dtype = compute_dtype(x)
         past = {
-            name: held.get(name, new).clone() for name, new in self.blank(len(x), x.shape[-1], x.device, dtype).items()
+            name: held.get(name, new).to(x.device, copy=True)
+            for name, new in self.blank(len(x), x.shape[-1], x.device, dtype).items()
         }
         with autocast_off(x.device):
             wish, cost, key = self._wishes(x.to(dtype), table, past)
@@ -120,7 +122,7 @@ class BorderRule(nn.Module):
             borders = self._borders(ended, cost, key, table, past)
         total = real.sum().clamp(min=1).to(dtype)
         loss = rate_loss(ended.sum() / total, (wish * real).sum() / total, self.config.mean_segment_size)
-        return replace(table.cut(borders), border_loss=loss)
+        return replace(table.cut(borders), border_loss=loss).to(home)
 
     def _wishes(
         self, x: torch.Tensor, table: SegmentTable, past: dict

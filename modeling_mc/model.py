@@ -178,10 +178,10 @@ class MCModel(MCPreTrainedModel):
     def __init__(self, config: MCConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([MCDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         chooses = config.segmentation == "content" and LAYER_TYPE in config.layer_types
         self.border_rule = BorderRule(config) if chooses else None
+        self.layers = nn.ModuleList([MCDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.has_attention = any(kind != LAYER_TYPE for kind in config.layer_types)
         if self.has_attention:
             self.rotary_emb = make_rotary(config)

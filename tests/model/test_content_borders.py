@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_equations import check
-from transformers import StaticCache
+from transformers import StaticCache, Trainer, TrainingArguments
 
 from helpers import MEMORY_NAMES, assert_close, build, name_of, small_config, tokens
 from mc_transformers import MCCache, MCConfig, MCForCausalLM, MemoryCaching, PrefixStore, Stream, read_gates
@@ -102,6 +102,13 @@ def test_training_brings_the_wanted_rate(rule):
         optimizer.step()
     wanted = 1 / config.mean_segment_size
     assert abs(rates[-1] - wanted) < 0.4 * abs(rates[0] - wanted), rates
+
+
+def test_trainer_predicts_logits_alone(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in tokens(5, 20)]
+    options = {"use_cpu": True, "report_to": [], "per_device_eval_batch_size": 2, "max_steps": 1}
+    run = Trainer(model_of().float(), TrainingArguments(tmp_path, **options), train_dataset=rows)
+    assert run.predict(rows).predictions.shape == (5, 20, 61)  # a tuple if the loss of borders came along
 
 
 # --------------------------------------------------------------------------------------------- one pass, in float64

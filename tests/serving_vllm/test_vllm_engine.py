@@ -168,6 +168,7 @@ def test_planted_faults_are_seen(tmp_path, monkeypatch, place, fault):
 REFUSED = {
     "mc_state_dtype": ({}, {"additional_config": {"mc_state_dtype": "int4"}}, "'int8'"),
     "attention": ({"layer_types": ["memory_caching", "full_attention"], "attention": "qwen3_next"}, {}, "'qwen3'"),
+    "segmentation": ({"segmentation": "content"}, {}, "'logarithmic'"),
     "block_size": ({}, {"block_size": 12}, "multiples of segment_size=8"),
     "quantization": ({}, {"quantization": "fp8", "dtype": "bfloat16"}, "None"),
 }
