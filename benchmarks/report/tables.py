@@ -134,6 +134,20 @@ def recall(study: str, chart: Callable | None = None, learning: bool = True) -> 
     return parts
 
 
+def bursts() -> list[str | Figure]:
+    """Recall and the segments that were kept, by read rule and borders; each against borders of one length."""
+    runs = read_runs("bursts")
+    cells = by_cell(run for run in runs if "error" not in run)
+    seeds = {cell: by_seed(group, lambda run: run["accuracy"]) for cell, group in cells.items()}
+    rows = []
+    for cell, group in cells.items():
+        gain = against(seeds.get(f"{cell.partition(', ')[0]}, constant"), seeds[cell])
+        kept = spread([run["segments"] for run in group], 1)
+        rows.append([cell, spread([*seeds[cell].values()]), gain, kept, str(group[0]["parameters"]), str(len(group))])
+    head = ["read rule, borders", "accuracy", "against constant", "segments kept", "parameters", "seeds"]
+    return [markdown(head, rows), origin("bursts", runs)]
+
+
 def without_caching(cell: str) -> str:
     """The cell of the same memory that caches nothing: "linear grm, 64 pairs" gives "linear none, 64 pairs"."""
     rule, comma, rest = cell.partition(", ")
@@ -337,6 +351,7 @@ PARTS: dict[str, Callable[[], list[str | Figure]]] = {
     "mqar_256": lambda: recall("mqar_256", most_pairs),
     "mqar_512": lambda: recall("mqar_512", scatter),
     "ablations": lambda: recall("ablations"),
+    "bursts": bursts,
     "vectors": lambda: recall("vectors", learning=False),
     "needle": needle,
     "anchored": lambda: by_task("anchored", "closed"),

@@ -96,3 +96,12 @@ def test_a_study_of_several_tasks_is_compared_seed_by_seed(results, monkeypatch)
 
 def test_slope_is_the_exponent_of_a_power_law():
     assert tables.slope([(n, 3 * n**1.7) for n in (1, 2, 8)]) == pytest.approx(1.7)
+
+
+def test_bursts_are_compared_with_borders_of_one_length(results):
+    for cell, accuracy, segments in (("grm, constant", 0.5, 16.0), ("grm, budget", 0.75, 15.5)):
+        for seed in (0, 1):
+            write(results / "bursts.jsonl", cell, 0.1, seed, accuracy=accuracy, segments=segments)
+    table = str(tables.bursts()[0])
+    assert "| grm, budget | 0.750 ± 0.000 | +0.250 | 15.5 ± 0.0 | 9 | 2 |" in table
+    assert "| grm, constant | 0.500 ± 0.000 |  | 16.0 ± 0.0 | 9 | 2 |" in table
