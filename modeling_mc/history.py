@@ -16,6 +16,7 @@ from ..kernels.step.slot import slot_write
 from .borders import Borders
 from .cache_layer import MCCacheLayer
 from .memories import Memory, State
+from .moment import Moment
 from .segments import SegmentTable, rows_where
 from .shards import Shards
 from .storage import Kept
@@ -320,11 +321,13 @@ class GridHistory(Slots):
 class TokenHistory(Slots):
     """The half that one token per row asks: `kept` before it reads, `push` after it is written."""
 
-    def kept(self, layer: MCCacheLayer, borders: Borders) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
+    def kept(self, layer: MCCacheLayer, moment: Moment) -> tuple[Kept, torch.Tensor | None, torch.Tensor]:
         """Finished segments, their summaries and which of them `[B, S]` bool each row may read now."""
         kept = layer.storage.kept()
-        slot = torch.arange(kept.num_slots, device=layer.position.device)
-        return kept, layer.tensors.get("summaries"), self._readable(layer, borders, slot)
+        if moment.visible is None or self.needs_gates:  # then every layer has segments of its own
+            slot = torch.arange(kept.num_slots, device=layer.position.device)
+            moment.visible = self._readable(layer, moment.first, slot)
+        return kept, layer.tensors.get("summaries"), moment.visible
 
     def _readable(self, layer: MCCacheLayer, borders: Borders, slot: torch.Tensor) -> torch.Tensor:
         return slot < borders.finished(layer.position)[:, None]
@@ -337,49 +340,46 @@ class TokenHistory(Slots):
     def push(
         self,
         layer: MCCacheLayer,
-        borders: Borders,
+        moment: Moment,
         states: State,
         sums: torch.Tensor | None,
-        real: torch.Tensor | None,
         gates: torch.Tensor | None = None,
     ) -> None:
-        """Take over states `[B, lead + L, H, ...]` and sums `[B, L, ...]` that hold one more token of the rows `real`
-        `[B]`, and move the ones that are complete to the finished segments.
+        """Take over states `[B, lead + L, H, ...]` and sums `[B, L, ...]` that hold one more token of the rows that
+        have one, and move the ones that are complete to the finished segments.
 
         Args:
-            borders: of all levels. gates: `[B, H, S]`, what past segments received.
+            gates: `[B, H, S]`, what past segments received.
         """
-        position, backend = layer.position, self.memory.backend
-        full = borders.full(position[:, None])  # [B, L]
-        if real is not None:
-            full = full & real[:, None]
-        if self.keeps:
-            segment = borders.finished(position[:, None])
-            slot = self._finish(layer, borders, segment, full, real, gates)
+        borders, real, full, backend = moment.borders, moment.real, moment.full, self.memory.backend
+        if self.keeps and (moment.ends or self.needs_gates):
+            slot = self._finish(layer, borders, moment.segment, full, real, gates)
             read = states[: self.memory.num_read]
             done = [(name, state[:, self.lead :]) for name, state in zip(self._names(), read, strict=False)]
             if sums is not None:
-                done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(segment))))
+                done.append(("summaries", Summary(borders, self.num_blocks).mean(sums, borders.count(moment.segment))))
             for name, value in done:
                 layer.storage.store(name, value, slot, full, backend)
-        written = position + (1 if real is None else real)
         if layer.keep_borders:
-            slots = layer.tensors["kept.0"].shape[1] if self.keeps else self.num_slots(int(written.max()))
-            self._note_states(layer, tuple(state[:, :1] for state in states), position, written, slots)
+            slots = layer.tensors["kept.0"].shape[1] if self.keeps else self.num_slots(int(moment.written.max()))
+            first = tuple(state[:, :1] for state in states)
+            self._note_states(layer, first, moment.position, moment.written, slots)
         running = {f"state.{i}": state for i, state in enumerate(states)}
-        if not self.carry:
-            fresh = self.memory.initial_state(1, position.device, states[0].dtype)
+        if not self.carry and moment.ends:
+            fresh = self.memory.initial_state(1, full.device, states[0].dtype)
             anew = torch.nn.functional.pad(full, (self.lead, 0))
             for (name, after), new in zip(running.items(), fresh, strict=True):
                 running[name] = slot_write(after, new[:, None], None, anew, True, backend)
         if sums is not None:
-            running["sums"] = slot_write(sums, sums.new_zeros(()).expand_as(sums), None, full, True, backend)
+            running["sums"] = sums
+            if moment.ends:
+                running["sums"] = slot_write(sums, sums.new_zeros(()).expand_as(sums), None, full, True, backend)
         for name, after in running.items():
             if real is not None:
                 before, absent = layer.tensors[name], ~real[:, None].expand(after.shape[:2])
                 after = slot_write(after, before, None, absent, True, backend)
             layer.storage.put(name, after)
-        layer.storage.put("position", written)
+        layer.storage.put("position", moment.written)
 
     def _finish(self, layer, borders, segment: torch.Tensor, full: torch.Tensor, real, gates) -> torch.Tensor:
         """Slots `[B, L]` that segments number `segment` `[B, L]` of all levels take where they are `full` `[B, L]`."""

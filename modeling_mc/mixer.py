@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
@@ -15,18 +14,19 @@ from ..configuration_mc import MCConfig
 from ..kernels.shared.ops import autocast_off, compute_dtype
 from .aggregation import Aggregation
 from .attention import rotate
-from .borders import Borders
 from .cache_layer import MCCacheLayer, memory_layer
 from .fenwick import FenwickHistory
 from .history import Caches, History, Level
 from .least_read import LeastReadHistory
 from .memories import MEMORIES, Bias, Memory, State
+from .moment import Moment
 from .norms import make_output_norm, unit
 from .qualify import auto_backend, kind_of
 from .read_gates import GateLog, ReadGates, by_segment
 from .segments import SegmentTable, rows_where
+from .short_conv import ShortConv
 from .summary import Summary
-from .tensor_parallel import HeadConv, HeadShare
+from .tensor_parallel import HeadShare
 
 
 # a cache is refused by a model that differs from the one that filled it in any of these
@@ -210,10 +210,13 @@ class Mixer(nn.Module):
         if not layer.is_initialized:
             self.begin(layer, len(parts.q), parts.q.device, compute_dtype(parts.q))
         self.history.grow(layer, table.num_tokens)
-        out = [
-            self._token(parts.at(t), None if table.order is None else t < table.length, layer, table, begin + t)
-            for t in range(table.num_tokens)
-        ]
+        out = []
+        for t in range(table.num_tokens):
+            if begin + t not in table.moments:
+                levels = layer.tensors["state.0"].shape[1] - self.history.lead
+                real = None if table.order is None else t < table.length
+                table.moments[begin + t] = Moment(table.borders, levels, layer.position, real)
+            out.append(self._token(parts.at(t), layer, table, begin + t))
         return torch.stack(out, 1)
 
     def begin(self, layer: MCCacheLayer, rows: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -229,26 +232,21 @@ class Mixer(nn.Module):
         layer.storage.restart(rows, start.tensors)
         self.history.shrink(layer)
 
-    def _token(
-        self, parts: Projected, real: torch.Tensor | None, layer: MCCacheLayer, table: SegmentTable, time: int
-    ) -> torch.Tensor:
-        """Answers `[B, H, dv]` of one token per row; rows outside `real` `[B]` stay as they are."""
-        running = layer.storage.group("state")
+    def _token(self, parts: Projected, layer: MCCacheLayer, table: SegmentTable, time: int) -> torch.Tensor:
+        """Answers `[B, H, dv]` of one token per row; rows that have none stay as they are."""
+        running, moment = layer.storage.group("state"), table.moments[time]
         levels = running[0].shape[1]
-        borders = table.borders.levels(levels - self.history.lead, layer.position.device)
 
         def each(x: torch.Tensor) -> torch.Tensor:
-            return x[:, None].expand(-1, levels, *x.shape[1:]).flatten(0, 1)
+            return x if levels == 1 else x[:, None].expand(-1, levels, *x.shape[1:]).flatten(0, 1)
 
         gates = {name: each(gate) for name, gate in parts.gates.items()}
         states = self.memory.step(tuple(s.flatten(0, 1) for s in running), each(parts.k), each(parts.v), gates)
         states = tuple(s.unflatten(0, (-1, levels)) for s in states)
         sums = logit = None
         if parts.u is not None:
-            sums, logit = self._summarise(parts, layer, borders)
-        kept, summaries, visible = (
-            self.history.kept(layer, table.borders) if self.history.keeps else (None, None, None)
-        )
+            sums, logit = self._summarise(parts, layer, moment)
+        kept, summaries, visible = self.history.kept(layer, moment) if self.history.keeps else (None, None, None)
         online = tuple(s[:, 0] for s in states)
         q = parts.q.to(online[0].dtype)
         read = (parts.u, online, logit, kept, summaries, visible, table.routes, time, self._cached_scale(q.dtype))
@@ -260,7 +258,7 @@ class Mixer(nn.Module):
         if self.history.needs_gates:
             tokens = (None, None) if logit is None else (parts.u[:, None], logit[:, None])
             gates = self.aggregation.gates_received(*tokens, summaries, visible)[:, 0]
-        self.history.push(layer, borders, states, sums, real, gates)
+        self.history.push(layer, moment, states, sums, gates)
         return out.to(parts.q.dtype)
 
     def _token_gates(self, u, logit, summaries, visible, layer, table: SegmentTable, time: int) -> torch.Tensor:
@@ -276,21 +274,21 @@ class Mixer(nn.Module):
         columns = table.gates[self.layer_idx].columns
         return by_segment(past, online, self.history.columns(layer, table.borders), columns)
 
-    def _summarise(self, parts: Projected, layer: MCCacheLayer, borders: Borders) -> tuple[torch.Tensor, torch.Tensor]:
+    def _summarise(self, parts: Projected, layer: MCCacheLayer, moment: Moment) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums `[B, L, H, m, du]` with the new token, and the online logit `[B, H]` from those of level 0."""
-        summary, offset = Summary(borders, self.config.summaries_per_segment), borders.offset(layer.position[:, None])
-        sums = summary.add(layer.tensors["sums"], parts.source, offset)
-        return sums, self._online_logit(summary.token(parts.u, sums, offset))
+        summary = Summary(moment.borders, self.history.num_blocks)
+        sums = summary.add(layer.tensors["sums"], parts.source, moment.offset, moment.begins)
+        return sums, self._online_logit(summary.token(parts.u, sums, moment.offset))
 
     def _online_logit(self, logit: torch.Tensor) -> torch.Tensor:
         """The online memory's logit `[..., H]` as the gates take it, from <u_t, its summary>."""
-        if hasattr(self, "cached_scale"):  # no part in the gates: they are made among finished segments
+        if "cached_scale" in self._modules:  # no part in the gates: they are made among finished segments
             return torch.full_like(logit, FAR)
-        return logit + self.online_bias(logit.dtype) if hasattr(self, "online_bias") else logit
+        return logit + self.online_bias(logit.dtype) if "online_bias" in self._modules else logit
 
     def _cached_scale(self, dtype: torch.dtype) -> torch.Tensor | None:
         """`[H]`, see `memories.mix_answers`."""
-        return self.cached_scale(dtype) if hasattr(self, "cached_scale") else None
+        return self.cached_scale(dtype) if "cached_scale" in self._modules else None
 
     def _reference(self, parts: Projected, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """`_tokens` without a cache, document by document."""
@@ -415,8 +413,7 @@ class MCMixer(Mixer):
         if config.conv_kernel_size:
             for name in self.projected:
                 channels = values if name == "v" else keys
-                size, bias = config.conv_kernel_size, config.conv_bias
-                self.add_module(f"{name}_conv", HeadConv(channels, channels, size, groups=channels, bias=bias))
+                self.add_module(f"{name}_conv", ShortConv(channels, config.conv_kernel_size, config.conv_bias))
         if config.use_output_gate:
             self.g_proj = nn.Linear(width, values, bias=False)
         if config.value_skip:
@@ -442,7 +439,7 @@ class MCMixer(Mixer):
         y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
         if layer is not None:
             layer.storage.put(f"conv.{name}", tail)
-        return F.silu(y)
+        return y
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))

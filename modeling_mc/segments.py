@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels.shared.ops import unobserved
 from .borders import Borders, Number
+from .moment import Moment
 from .read_gates import GateLog
 from .shards import Shards
 
@@ -83,6 +84,7 @@ class SegmentTable:
             are packed.
         routes: choices of segments that layers share (route_sharing="model"), by what they were made for.
         gates: where layers leave, by their number, what they read; None = nobody asks.
+        moments: where tokens stand that are written one at a time, by their place in this forward.
         first: `[R, N]` int64, the first grid segment of the same sequence.
         shards: the ranks that share each row (context parallel), or None.
         border_loss: scalar, of borders that content chose (`border_rule.rate_loss`), or None.
@@ -115,6 +117,7 @@ class SegmentTable:
     copies: dict[torch.device, "SegmentTable"] = field(default_factory=dict, repr=False)
     routes: dict = field(default_factory=dict, repr=False)
     gates: dict[int, GateLog] | None = field(default=None, repr=False)
+    moments: dict[int, Moment] = field(default_factory=dict, repr=False)
 
     # ------------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -163,9 +166,12 @@ class SegmentTable:
                 )
             cls._check_mask_values(attention_mask)
             mask = attention_mask != 0
-            rank = torch.arange(num_tokens, device=mask.device)  # no two alike: exporters know no stable sort
-            order = torch.where(mask, rank, rank + num_tokens).argsort(1)
-            length = mask.sum(1)
+            if device.type == "cpu" and not unobserved() and bool(mask.all()):
+                mask = None  # no padding, where asking costs nothing
+            else:
+                rank = torch.arange(num_tokens, device=mask.device)  # no two alike: exporters know no stable sort
+                order = torch.where(mask, rank, rank + num_tokens).argsort(1)
+                length = mask.sum(1)
 
         return cls._build_rows(borders, num_tokens, align, length, position, order, mask)
 
@@ -245,7 +251,7 @@ class SegmentTable:
             tensors = {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), torch.Tensor)}
             moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()}
             moved["borders"] = self.borders.to(device, non_blocking)
-            self.copies[device] = replace(self, **moved, coarse={}, copies={})
+            self.copies[device] = replace(self, **moved, coarse={}, copies={}, moments={})
         return self.copies[device]
 
     def coarser(self, factor: int) -> "SegmentTable":
@@ -353,10 +359,10 @@ class SegmentTable:
     def convolve(
         self, conv: nn.Module, x: torch.Tensor, tail: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal depthwise convolution of compact tokens `[R, T, C]` that never crosses a document border.
+        """Causal depthwise convolution and SiLU of compact tokens `[R, T, C]`, that never cross a document border.
 
         Args:
-            conv: `nn.Conv1d` of kernel K without padding. tail: `[R, K - 1, C]`, what came before; None = zeros.
+            conv: a `ShortConv` of K taps. tail: `[R, K - 1, C]`, what came before; None = zeros.
 
         Returns:
             `[R, T, C]`, and the new tail: each row's last K - 1 real tokens.
@@ -369,11 +375,13 @@ class SegmentTable:
             place = tokens + owner * reach
             context = x.new_zeros(rows, num_tokens + (self.cu_seq_lens.numel() - 1) * reach, channels)
             context = context.index_copy(1, place + reach, x)
-            return conv(context.transpose(1, 2)).transpose(1, 2)[:, place], x.new_zeros(rows, reach, channels)
+            return conv(context)[:, place], x.new_zeros(rows, reach, channels)
         if self.shards is not None:
             tail = self.shards.tail(x, reach)
-        y = conv(self._behind(x, tail, reach).transpose(1, 2)).transpose(1, 2).contiguous()
-        return y, self._tails(x, tail, reach, self.length[:, None])[:, 0]
+        context = self._behind(x, tail, reach)
+        if self.order is None:
+            return conv(context), context[:, num_tokens:].clone()
+        return conv(context), self._tails(x, tail, reach, self.length[:, None])[:, 0]
 
     @staticmethod
     def _behind(x: torch.Tensor, tail: torch.Tensor | None, reach: int) -> torch.Tensor:

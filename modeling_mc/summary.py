@@ -70,12 +70,16 @@ class Summary:
     def token(self, u: torch.Tensor, sums: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Online logit `[B, H]` from sums `[B, L, H, m, du]` of all levels that already hold the token at `offset`
         `[B, L]`: level 0 answers."""
-        counts = self.counts(offset)[:, 0, None]
-        return self._best((u[..., None, :].to(sums.dtype) * sums[:, 0]).sum(-1), counts)
+        products = (u[..., None, :].to(sums.dtype) * sums[:, 0]).sum(-1)
+        if self.num_blocks == 1:
+            return products[..., 0] / (offset[:, :1] + 1)
+        return self._best(products, self.counts(offset)[:, 0, None])
 
-    def add(self, sums: torch.Tensor, source: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    def add(self, sums: torch.Tensor, source: torch.Tensor, offset: torch.Tensor, begins: bool = True) -> torch.Tensor:
         """Sums `[B, L, H, m, du]` of all levels with one more token `[B, H, du]`, at `offset` `[B, L]` of segments; a
-        new segment starts from zero."""
-        kept = torch.where((offset == 0)[..., None, None, None], 0, sums)
+        new segment starts from zero. `begins`: whether there may be one."""
+        kept = torch.where((offset == 0)[..., None, None, None], 0, sums) if begins else sums
+        if self.num_blocks == 1:
+            return kept + source[:, None, :, None].to(sums.dtype)
         here = torch.arange(self.num_blocks, device=offset.device) == (offset // self.block)[..., None]
         return kept + here[:, :, None, :, None].to(sums.dtype) * source[:, None, :, None].to(sums.dtype)

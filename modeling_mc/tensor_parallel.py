@@ -94,18 +94,6 @@ class HeadShare:
         return _Every.apply(x, self, dim)
 
 
-class HeadConv(nn.Conv1d):
-    """A depthwise convolution `[R, C, T]` whose channels belong to heads."""
-
-    share: HeadShare | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.share is None:
-            return super().forward(x)
-        weight, bias = self.share.part(self.weight), None if self.bias is None else self.share.part(self.bias)
-        return F.conv1d(x, weight, bias, groups=len(weight))
-
-
 class HeadLinear(nn.Linear):
     """A linear map without a bias whose outputs `[..., H * n]` belong to heads, of an input that all heads share."""
 

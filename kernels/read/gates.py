@@ -80,8 +80,10 @@ def missing_in_triton(name: str) -> str | None:
     Raises:
         ValueError: no gate function has that name.
     """
+    if gate_function(name).triton:
+        return None
     known = ", ".join(repr(other) for other, entry in GATE_FUNCTIONS.items() if entry.triton)
-    return None if gate_function(name).triton else f"its kernels do not know gate function {name!r}, only {known}"
+    return f"its kernels do not know gate function {name!r}, only {known}"
 
 
 def apply_gates(logits: torch.Tensor, online_logit: torch.Tensor, function: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,10 +134,16 @@ def hidden_memories(birth: torch.Tensor, first: torch.Tensor, segments: slice, m
 
 
 # ---------------------------------------------------------------------------------------------------- top-k choice
-def choose_best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The memories with the largest logits (eq. 16), `[..., min(top_k, S)]` int64; -1 where fewer may be read."""
+def largest(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logits (eq. 16) `[..., min(top_k, S)]`, and whose they are, int64; HIDDEN and -1 where fewer may be
+    read."""
     best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-    return best.indices.masked_fill(best.values == HIDDEN, -1)
+    return best.values, best.indices.masked_fill(best.values == HIDDEN, -1)
+
+
+def choose_best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The memories with the largest logits alone, `[..., min(top_k, S)]` int64; -1 where fewer may be read."""
+    return largest(logits, top_k)[1]
 
 
 def logits_of_chosen(u: torch.Tensor, summaries: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -203,8 +211,9 @@ def content_gates(
     if not top_k:
         return *apply_gates(logits, online_logit, function), None
     if index is None:
-        index = choose_best(logits, top_k)
-    logits = logits.gather(-1, index.clamp(min=0)).masked_fill(index < 0, HIDDEN)
+        logits, index = largest(logits, top_k)
+    else:
+        logits = logits.gather(-1, index.clamp(min=0)).masked_fill(index < 0, HIDDEN)
     return *apply_gates(logits, online_logit, function), index
 
 

@@ -136,9 +136,12 @@ def _custom_op(
 
 def autocast_off(device: torch.device) -> contextlib.AbstractContextManager:
     """A region without autocast; the meta device, on which sizes are computed, knows none."""
-    # torch.compile of torch 2.11 and before cannot look through the question, and never compiles for meta
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+    # torch.compile of torch 2.11 and before cannot look through the questions, and never compiles for meta
+    if not torch.compiler.is_compiling():
+        kind = device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def without_autocast(function: Callable) -> Callable:

@@ -43,11 +43,10 @@ def fetch(
 
     def get(t: torch.Tensor) -> torch.Tensor:
         if index is not None:
-            slot = index.to(t.device)
+            slot = index.to(t.device).transpose(1, 2)
             row = torch.arange(slot.shape[0], device=t.device)[:, None, None]
-            head = torch.arange(slot.shape[1], device=t.device)[:, None]
             place = (row, slot) if where is None else tuple(x[row, slot] for x in where)
-            t = t[(*place, head)].transpose(1, 2)
+            t = t[(*place, torch.arange(slot.shape[2], device=t.device))]
         elif where is not None:
             t = t[where]
         return t.to(like.device)
@@ -55,6 +54,11 @@ def fetch(
     states = get(stored)
     states = (unpack(states) if states.dtype == torch.uint8 else states).to(like.dtype)
     return states if scale is None else states * get(scale)
+
+
+def weigh(gates: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """`[B, H, dv]`, the sum of answers `[B, S, H, dv]` times gates `[B, H, S]`."""
+    return (gates[:, :, None] @ answers.transpose(1, 2))[:, :, 0]
 
 
 def decode_step_torch(
@@ -73,8 +77,8 @@ def decode_step_torch(
     """See `decode_step`; the second result is empty unless slots were chosen here."""
     gates, online_gate, slots = token_gates(u, online_logit, summaries, visible, index, top_k, function)
     chosen = fetch(states, scale, slots, online)
-    past = torch.einsum("bhs,bshv->bhv", gates, (q[:, None, :, None] @ chosen)[..., 0, :])
-    out = past + online_gate[..., None] * (q[..., None, :] @ online)[..., 0, :]
+    past = weigh(gates, (q[:, None, :, None] @ chosen)[..., 0, :])
+    out = torch.addcmul(past, online_gate[..., None], (q[..., None, :] @ online)[..., 0, :])
     return out, slots if top_k and index is None else visible.new_empty(0, dtype=torch.int64)
 
 

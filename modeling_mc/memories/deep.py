@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ...kernels.read.deep import deep_constant_read, deep_read, deep_selected_read
-from ...kernels.shared.deep import ANSWER, EPS, NOTHING, gelu_backward
+from ...kernels.shared.deep import ANSWER, NOTHING, Norm, gelu_backward
 from ...kernels.write.chunks import Decay
 from ...kernels.write.deep import deep_write
 from ..segments import SegmentTable, rows_where
@@ -32,13 +32,6 @@ def products(log_factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of factors f from log f `[..., c]`: `prod_{i < j <= t} f_j` as `[..., t, i]`, and `prod_{j <= t} f_j`."""
     decay = Decay(log_factor, log_factor[..., None])
     return decay.matrix, decay.from_start
-
-
-def normalized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x - mean) / s and s over the last dimension."""
-    centred = x - x.mean(-1, keepdim=True)
-    s = (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
-    return centred / s, s
 
 
 class Layout:
@@ -204,34 +197,29 @@ class DeepMemory(Memory):
         w2, w1, c2, c1, *momentum, count = state
         begins = (count == 0)[..., None, None]
         c2, c1 = torch.where(begins, w2, c2), torch.where(begins, w1, c1)
-        grads = self._gradients(k.to(w2.dtype)[..., None, :], v.to(w2.dtype)[..., None, :], c2, c1)
-        added = [-gates["step"][..., None, None] * grad for grad in grads]
-        if self.momentum:
-            keep = gates["log_momentum"].exp()[..., None, None]
-            added = momentum = [keep * s + x for s, x in zip(momentum, added, strict=True)]
-        if "log_decay" in gates:
-            keep = gates["log_decay"].exp()[..., None, None]
-            w2, w1 = keep * w2, keep * w1
-        return (w2 + added[0], w1 + added[1], c2, c1, *momentum, (count + 1) % self.chunk)
+        factors = self._gradients(k.to(w2.dtype), v.to(w2.dtype), c2, c1)
+        step = -gates["step"][..., None]
+        decay = gates["log_decay"].exp()[..., None, None] if "log_decay" in gates else None
+        maps, moved = [], []
+        for i, (w, (f, g)) in enumerate(zip((w2, w1), factors, strict=True)):
+            f, g = f[..., None], (step * g)[..., None, :]
+            if self.momentum:
+                moved.append(torch.addcmul(gates["log_momentum"].exp()[..., None, None] * momentum[i], f, g))
+                maps.append(moved[i] + w if decay is None else torch.addcmul(moved[i], decay, w))
+            else:
+                maps.append(torch.addcmul(w if decay is None else decay * w, f, g))
+        return (*maps, c2, c1, *moved, (count + 1) % self.chunk)
 
-    def _gradients(self, k, v, c2, c1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the loss of one token, k and v `[..., 1, d]`, with respect to both maps."""
-        z = k @ c2
+    def _gradients(self, k, v, c2, c1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Gradients f^T g of the loss of one token, k and v `[..., d]`, with respect to both maps: their (f, g)."""
+        z = (k[..., None, :] @ c2)[..., 0, :]
         a = F.gelu(z)
-        r = (a @ c1)[..., 0, :]
-        e = -v if self.loss == "dot" else 2 * (self.finish(k[..., 0, :], r)[..., None, :] - v)
-        d1 = self._norm_backward(r, e[..., 0, :])[..., None, :]
-        d2 = gelu_backward(d1 @ c1.transpose(-1, -2), z)
-        return k.transpose(-1, -2) @ d2, a.transpose(-1, -2) @ d1
-
-    def _norm_backward(self, r: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Gradient of r from that of `finish(q, r)`."""
-        weight, _ = self.norm
-        if weight is None:
-            return grad
-        n, s = normalized(r)
-        g = grad * weight.to(r.dtype)
-        return (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / s
+        weight, bias = self.norm
+        norm = Norm((a[..., None, :] @ c1)[..., 0, :], weight is not None)
+        e = -v if self.loss == "dot" else 2 * (self._answer(k, norm.n) - v)
+        d1 = norm.backward(e if weight is None else e * weight.to(e.dtype))
+        d2 = gelu_backward((c1 @ d1[..., None])[..., 0], z)
+        return [(k, d2), (a, d1)]
 
     def read(self, state: State, q: torch.Tensor) -> torch.Tensor:
         w2, w1 = state
@@ -301,8 +289,12 @@ class DeepMemory(Memory):
         return F.gelu(z)
 
     def finish(self, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return self._answer(q, Norm(r, self.head_norm is not None).n)
+
+    def _answer(self, q: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        """M(q) from the normalised output n of the maps."""
         weight, bias = self.norm
-        return q + (r if weight is None else normalized(r)[0] * weight.to(r.dtype) + bias.to(r.dtype))
+        return q + (n if weight is None else torch.addcmul(bias.to(n.dtype), n, weight.to(n.dtype)))
 
     def gated_read(self, q, u, states, summaries, online_logit, birth, first, function):
         gating = (summaries, online_logit, *self.norm, birth, first, function)

@@ -7,6 +7,7 @@ from torch import nn
 from ...kernels.read.gates import token_gates
 from ...kernels.read.segment import segment_read
 from ...kernels.read.selected import segment_route
+from ...kernels.step.decode import weigh
 
 
 State = tuple[torch.Tensor, ...]
@@ -52,9 +53,7 @@ class Reads(nn.Module):
         q = answer if self.own_gates else q
         gates, online_gate, index = token_gates(u, online_logit, summaries, visible, index, top_k, function)
         pieces = kept.pieces() if index is None else [(slice(None), kept.chosen(index))]
-        past = sum_of(
-            [torch.einsum("bhs,bshv->bhv", gates[..., s], self.read_cached(x, q[:, None])) for s, x in pieces]
-        )
+        past = sum_of([weigh(gates[..., s], self.read_cached(x, q[:, None])) for s, x in pieces])
         return mix_answers(past, online_gate, answer, scale), index
 
     def token_soup(self, q, u, online, online_logit, kept, summaries, visible, index, top_k, function):
