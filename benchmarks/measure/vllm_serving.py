@@ -6,7 +6,8 @@
 
 `speed` starts one server per model, each with the same number of threads, and asks them in turns, `generate` with
 padded batches among them, so that a busy machine slows all of them alike: compare ratios. Weights are random: what a
-token costs does not depend on them. Writes benchmarks/results/vllm-bytes.json and vllm-speed.json.
+token costs does not depend on them. Every round is written at once, and a later call goes on behind it. Writes
+benchmarks/results/vllm-bytes.json and vllm-speed.json.
 """
 
 import argparse
@@ -165,10 +166,16 @@ def generate(model: MCForCausalLM, prompts: list[list[int]], clients: int) -> in
     return made
 
 
-def measure_speed(options: argparse.Namespace) -> list[dict]:
+def measure_speed(options: argparse.Namespace, path: Path) -> None:
+    """Go on with the rounds that `path` lacks, until `options.minutes` are over, and write each at once."""
+    end = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(options.threads)
-    draw = random.Random(0)
-    times: dict[tuple[str, int], list[float]] = {}
+    about = {"segment": SEGMENT, "prompt": PROMPT, "new": NEW, "size": SIZE, "threads": options.threads}
+    rounds = json.loads(path.read_text())["rounds"] if path.exists() else []
+    done = {(r["number"], r["clients"]) for r in rounds}
+    wanted = [(n, c) for n in range(options.repeats) for c in options.clients if (n, c) not in done]
+    if not wanted:
+        return
     with tempfile.TemporaryDirectory() as folder:
         folders = models(Path(folder))
         model = MCForCausalLM.from_pretrained(folders["grm"]).eval()
@@ -178,34 +185,58 @@ def measure_speed(options: argparse.Namespace) -> list[dict]:
                 server.wait()
             runs = {f"vLLM, {name}": server.serve for name, server in servers.items()}
             runs["generate, grm"] = lambda prompts, clients: generate(model, prompts, clients)
-            rounds = [(n, clients) for n in range(-1, options.repeats) for clients in options.clients]
-            for number, clients in tqdm(rounds, desc="rounds"):
-                lengths = [draw.randint(*PROMPT) for _ in range(max(clients, 4))]
-                prompts = [[draw.randrange(SIZE["vocab_size"]) for _ in range(n)] for n in lengths]
+            for run in runs.values():
+                run(prompts_of(-1, 8), 8)  # warms up
+            for number, clients in tqdm(wanted, desc="rounds"):
+                if time.monotonic() > end:
+                    break
+                prompts, seconds = prompts_of(number, clients), {}
                 for name, run in runs.items():
                     start = time.perf_counter()
                     made = run(prompts, clients)
-                    seconds = time.perf_counter() - start
+                    seconds[name] = round((time.perf_counter() - start) / len(prompts), 4)
                     assert made == NEW * len(prompts)
-                    if number >= 0:  # the first round warms up
-                        times.setdefault((name, clients), []).append(seconds / len(prompts))
+                rounds.append({"number": number, "clients": clients, "seconds_per_request": seconds})
+                found = {"about": about, "machine": machine(options.threads)}
+                write(path, found | {"rows": summary(rounds), "rounds": rounds})
         finally:
             for server in servers.values():
                 server.stop()
+
+
+def prompts_of(number: int, clients: int) -> list[list[int]]:
+    """Of a round: at least four."""
+    draw = random.Random(1000 * number + clients)
+    lengths = [draw.randint(*PROMPT) for _ in range(max(clients, 4))]
+    return [[draw.randrange(SIZE["vocab_size"]) for _ in range(n)] for n in lengths]
+
+
+def summary(rounds: list[dict]) -> list[dict]:
+    """Medians by system and number of clients; ratios to `generate` within a round."""
     found = []
-    for (name, clients), seconds in times.items():
-        base = times["generate, grm", clients]
-        found.append(
-            {
-                "system": name,
-                "clients": clients,
-                "requests_per_second": round(1 / statistics.median(seconds), 3),
-                "tokens_per_second": round(NEW / statistics.median(seconds), 1),
-                "times_generate": round(statistics.median(b / s for b, s in zip(base, seconds, strict=True)), 2),
-                "seconds_per_request": [round(s, 4) for s in seconds],
-            }
-        )
+    for clients in sorted({r["clients"] for r in rounds}):
+        times = [r["seconds_per_request"] for r in rounds if r["clients"] == clients]
+        for name in times[0]:
+            rate = 1 / statistics.median(t[name] for t in times)
+            ratios = sorted(t["generate, grm"] / t[name] for t in times)
+            found.append(
+                {
+                    "system": name,
+                    "clients": clients,
+                    "rounds": len(times),
+                    "requests_per_second": round(rate, 3),
+                    "tokens_per_second": round(NEW * rate, 1),
+                    "times_generate": round(statistics.median(ratios), 2),
+                    "spread": [round(ratios[0], 2), round(ratios[-1], 2)],
+                }
+            )
     return found
+
+
+def write(path: Path, result: dict) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def main() -> None:
@@ -213,21 +244,19 @@ def main() -> None:
     parser.add_argument("part", choices=("bytes", "speed"))
     parser.add_argument("--preset", default="mc-170m", help="sizes of `bytes`")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no round of `speed` after so many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/vllm-PART.json")
     options = parser.parse_args()
-    rows = (measure_bytes if options.part == "bytes" else measure_speed)(options)
-    about = {"part": options.part, "segment": SEGMENT, "prompt": PROMPT, "new": NEW, "size": SIZE}
+    path = options.output or RESULTS / f"vllm-{options.part}.json"
     if options.part == "bytes":
         about = {"part": options.part, "preset": options.preset}
-    path = options.output or RESULTS / f"vllm-{options.part}.json"
-    partial = path.with_name(f"{path.name}.partial")
-    text = json.dumps({"about": about, "machine": machine(options.threads), "rows": rows}, indent=1)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
-    for row in rows:
-        print({name: value for name, value in row.items() if name != "seconds_per_request"})
+        write(path, {"about": about, "machine": machine(options.threads), "rows": measure_bytes(options)})
+    else:
+        measure_speed(options, path)
+    for row in json.loads(path.read_text())["rows"]:
+        print(row)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The page that shows a memory: what it computes, and, in a browser (`make test-ui`), what a visitor sees."""
 
 import copy
+import inspect
 import os
 import shutil
 import time
@@ -104,23 +105,28 @@ def missing() -> str:
 
 @pytest.mark.skipif(bool(missing()), reason=f"{missing()} missing: make test-ui")
 def test_in_a_browser(tmp_path, monkeypatch) -> None:
-    """Read, ask, look at one head, save, and load again; MC_SCREENSHOT=FILE keeps a picture."""
+    """Read, ask, look at one head, save, and load again, with a model that has learned source code;
+    MC_SCREENSHOT=FILE keeps a picture."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from mc_transformers.serving.page import build as build_page
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    model = build(small_config("gated_delta", vocab_size=258, num_hidden_layers=2))
-    page = build_page(model, byte_tokenizer())
+    folder = Path(__file__).parents[2] / "model_cards" / "checkpoints" / "python-source"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    code = inspect.getsource(Reading)[:2800]
+    question = "\n    def read(self, ids):\n"
+    page = build_page(model, AutoTokenizer.from_pretrained(folder))
     _, address, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", share=False, quiet=True)
     options = webdriver.ChromeOptions()
     for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
         options.add_argument(f"--{flag}")
     for flag in ("disable-component-update", "disable-sync", "disable-quic", f"user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1400,1000")
+    options.add_argument("--window-size=1400,1150")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
@@ -133,11 +139,11 @@ def test_in_a_browser(tmp_path, monkeypatch) -> None:
         def picture() -> str:
             return part("picture").get_attribute("innerHTML")
 
-        part("text", "textarea").send_keys(TEXT)
+        part("text", "textarea").send_keys(code)
         part("read").click()
         wait.until(lambda _: 'class="segment"' in picture())
-        assert "no question yet" in picture() and "KiB" in part("size").text
-        part("question", "textarea").send_keys("Who was white?")
+        assert "no question yet" in picture() and "keys and values" in part("size").text
+        part("question", "textarea").send_keys(question)
         part("ask").click()
         wait.until(lambda _: "strongest segment" in picture())
         asked = picture()
@@ -154,10 +160,10 @@ def test_in_a_browser(tmp_path, monkeypatch) -> None:
         browser.refresh()  # another visitor, who has read nothing
         wait.until(lambda _: "Nothing was read" in picture())
         browser.find_elements(By.CSS_SELECTOR, "input[type=file]")[-1].send_keys(str(saved[0]))
-        wait.until(lambda _: "[0 to 7]" in picture())
+        wait.until(lambda _: f"[0 to {model.config.segment_size - 1}]" in picture())
         part("ask").click()
         wait.until(lambda b: "cannot" in b.page_source or "characters, allowed" in b.page_source)  # no question
-        part("question", "textarea").send_keys("Who was white?")
+        part("question", "textarea").send_keys(question)
         part("ask").click()
         wait.until(lambda _: "strongest segment" in picture())
     finally:

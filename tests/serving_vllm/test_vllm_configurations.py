@@ -80,6 +80,31 @@ def test_hybrids(tmp_path, kind):
     check(tmp_path, head_dim=32, **{"segment_size": 32} | HYBRIDS[kind])
 
 
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "layer_types": ["memory_caching" if i in (9, 19, 29) else "full_attention" for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("segment", [64, 128])
+def test_a_hybrid_of_real_size(tmp_path, segment):
+    """SmolLM2-135M's layers, three of them memory: a block is one segment, so that prompts find all they share."""
+    model, texts = make(tmp_path, segment_size=segment, **SMOLLM2), prompts(3, 150, 300)
+    wanted = expected(model, texts)
+    with engine(tmp_path, max_model_len=512, kv_cache_memory_bytes=256 << 20) as llm:
+        first, second = answers(llm, texts), answers(llm, texts)
+        sizes = llm.apply_model(lambda module: [m.blocks.nbytes for m in module.modules() if hasattr(m, "pool")])
+    assert first == (wanted, 0) and second == (wanted, 128 + 256)
+    # a state per head in fp32, the means and sums of keys, and the last three tokens of three convolutions
+    state, means, tails = 9 * 64 * 64 * 4, 9 * 64 * 4, 3 * 3 * 576 * 4
+    assert sizes == [[-(-(state + means + tails) // 64) * 64] * 3]
+
+
 @pytest.mark.parametrize("fields", [{}, {"memory": "titans", "aggregation": "ssc"}], ids=name_of)
 def test_bf16(tmp_path, fields):
     """Half precision breaks ties in another way, so the first tokens of each answer must do."""
