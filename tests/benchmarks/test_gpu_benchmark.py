@@ -1,6 +1,7 @@
 """benchmarks/measure/gpu.py without a GPU: tiny shapes in Triton's interpreter, every part, and cases that hang."""
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -23,14 +24,19 @@ def command_of_the_readme() -> str:
     return line
 
 
-def without_a_gpu(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """The program as it is with --smoke, which it reads when it is imported, as tests of the documentation do too."""
+    names = ("benchmarks.measure.gpu", "benchmarks.measure.gpu_cases")
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     monkeypatch.setattr(sys, "argv", ["gpu", "--smoke"])
-    from benchmarks.measure import gpu
+    yield importlib.import_module(names[0])
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
 
-    return gpu
 
-
-def test_every_part_runs_by_the_command_of_the_readme(tmp_path, monkeypatch):
+def test_every_part_runs_by_the_command_of_the_readme(tmp_path, monkeypatch, gpu):
     """From a copy without git; a second run of a part, which has no time, keeps the rest."""
     copy, output = tmp_path / "copy", tmp_path / "gpu.json"
     copy.mkdir()
@@ -71,7 +77,6 @@ def test_every_part_runs_by_the_command_of_the_readme(tmp_path, monkeypatch):
     assert {"triton", "torch"} == {row["backend"] for row in of["deep"] if "backend" in row}
     assert not list(tmp_path.glob("*.partial"))
 
-    gpu = without_a_gpu(monkeypatch)
     about = {name: value for name, value in found["machine"].items() if name not in ("commit", "date")}
     monkeypatch.setattr(gpu.Worker, "start", lambda worker: setattr(worker, "machine", about))
     options = {"only": ["ops"], "cases": "", "minutes": 0, "processes": 1, "commit": "abc123", "output": output}
@@ -94,8 +99,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_case_that_hangs_or_kills_its_process_ends_alone(monkeypatch):
-    gpu = without_a_gpu(monkeypatch)
+def test_a_case_that_hangs_or_kills_its_process_ends_alone(gpu):
     worker = gpu.Worker([sys.executable, "-S", "-c", FAKE])
     case = gpu.Case("ops", "name", lambda: {}, {"pass": "forward"}, limit=1.0)
     start = time.monotonic()
