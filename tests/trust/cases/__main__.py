@@ -21,12 +21,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import caches  # noqa: E402
 import checkpoints  # noqa: E402
 import memories  # noqa: E402
+import outputs  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from harness import SECONDS, run, summary, table  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import outputs  # noqa: E402
 from mc_transformers.hub.files import write_file  # noqa: E402
 
 
