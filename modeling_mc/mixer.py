@@ -158,7 +158,7 @@ class Mixer(nn.Module):
                 source = k if parts.source is parts.k else coarse.clear(coarse.to_grid(parts.source))
                 summary = Summary(coarse.borders, self.config.summaries_per_segment)
                 earlier = before and before.tensors["sums"][:, bit]
-                online, sums = summary.grid(coarse.to_grid(parts.u), source.to(compute_dtype(source)), coarse, earlier)
+                online, sums = summary.grid(coarse.to_grid(parts.u), source, coarse, earlier)
                 logit = self._online_logit(online) if logit is None else logit
             levels.append(Level(coarse, ends, sums))
 
@@ -429,14 +429,16 @@ class MCMixer(Mixer):
     def _convolved(self, name: str, x: torch.Tensor, table: SegmentTable, layer: MCCacheLayer | None) -> torch.Tensor:
         """One of q, k, v for compact tokens `[R, T, C]`."""
         y = getattr(self, f"{name}_proj")(x)
+        then = self._units if name != "v" and self.config.qk_norm else None
         if not self.config.conv_kernel_size:
-            return y
+            return y if then is None else then(y)
         tail = None if layer is None else layer.tensors.get(f"conv.{name}")
         if layer is not None and layer.keep_borders:
             ends = table.tails(y, tail, self.config.conv_kernel_size - 1)
             slots = self.history.num_slots(layer.bound(table.num_tokens))
             self.history.note(layer, f"conv.{name}", ends, table.position, table.next_position, slots)
-        y, tail = table.convolve(getattr(self, f"{name}_conv"), y, tail)
+        conv = partial(getattr(self, f"{name}_conv"), then=then)
+        y, tail = table.convolve(conv, self.config.conv_kernel_size - 1, y, tail)
         if layer is not None:
             layer.storage.put(f"conv.{name}", tail)
         return y
@@ -444,11 +446,13 @@ class MCMixer(Mixer):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
+    def _units(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., key heads * dk]` with every head divided by its norm."""
+        return unit(x.unflatten(-1, (self.num_key_heads, -1)), self.config.qk_norm_eps).flatten(-2)
+
     def _key_heads(self, x: torch.Tensor, table: SegmentTable) -> torch.Tensor:
         """Queries or keys `[R, T, H, dk]` from `[R, T, key heads * dk]`."""
         x = x.unflatten(-1, (self.num_key_heads, -1))
-        if self.config.qk_norm:
-            x = unit(x, self.config.qk_norm_eps)
         if self.config.rope == "all":
             x = rotate(x, table.token_position(), self.config.rope_parameters["rope_theta"])
         shared = self.num_heads // self.num_key_heads

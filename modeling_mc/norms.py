@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
+from ..kernels.shared.recompute import recomputed
 from .tensor_parallel import HeadShare
 
 
@@ -25,11 +26,13 @@ class HeadRMSNorm(nn.RMSNorm):
     share: HeadShare | None = None
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        if self.share is None:
-            x = super().forward(x)
-        else:
-            x = F.rms_norm(x, self.normalized_shape, self.share.whole(self.weight), self.eps)
-        return x if gate is None else x * F.silu(gate)
+        weight = self.weight if self.share is None else self.share.whole(self.weight)
+
+        def normed(x: torch.Tensor, gate: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+            x = F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            return x if gate is None else x * F.silu(gate)
+
+        return recomputed(normed, x, gate, weight)
 
 
 class GatedNorm(nn.Module):

@@ -3,6 +3,7 @@
 packing, prompts fed in pieces and rows at different positions; everything else works on the segment grid. Where
 segments end is asked of `Borders`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -357,18 +358,17 @@ class SegmentTable:
         return x.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (x.dim() - 3)), value)
 
     def convolve(
-        self, conv: nn.Module, x: torch.Tensor, tail: torch.Tensor | None
+        self, conv: Callable[[torch.Tensor], torch.Tensor], reach: int, x: torch.Tensor, tail: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Causal depthwise convolution and SiLU of compact tokens `[R, T, C]`, that never cross a document border.
 
         Args:
-            conv: a `ShortConv` of K taps. tail: `[R, K - 1, C]`, what came before; None = zeros.
+            conv: a `ShortConv` of K taps. reach: K - 1. tail: `[R, K - 1, C]`, what came before; None = zeros.
 
         Returns:
             `[R, T, C]`, and the new tail: each row's last K - 1 real tokens.
         """
         rows, num_tokens, channels = x.shape
-        reach = conv.kernel_size[0] - 1
         if self.cu_seq_lens is not None:  # K - 1 zeros in front of every document
             tokens = torch.arange(num_tokens, device=x.device)
             owner = torch.searchsorted(self.cu_seq_lens[1:].contiguous(), tokens, right=True)

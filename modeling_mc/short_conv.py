@@ -1,10 +1,13 @@
 # Copyright 2026 the mc-transformers authors.
 """The short convolution behind a projection, and its SiLU."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..kernels.shared.recompute import recomputed
 from .tensor_parallel import HeadShare
 
 
@@ -20,12 +23,18 @@ class ShortConv(nn.Conv1d):
     def __init__(self, channels: int, size: int, bias: bool) -> None:
         super().__init__(channels, channels, size, groups=channels, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[R, T, C]` of tokens `[R, K - 1 + T, C]`, the first K - 1 of which came before."""
+    def forward(self, x: torch.Tensor, then: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """`[R, T, C]` of tokens `[R, K - 1 + T, C]`, the first K - 1 of which came before. Of all of it only x is kept
+        for the backward, with `then`, a function of one token's channels that comes last."""
         weight, bias = self.weight, self.bias
         if self.share is not None:
             weight, bias = self.share.part(weight), None if bias is None else self.share.part(bias)
-        return F.silu(_convolved(x, weight, bias))
+
+        def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            y = F.silu(_convolved(x, weight, bias))
+            return y if then is None else then(y)
+
+        return recomputed(convolved, x, weight, bias)
 
 
 def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,9 +1,12 @@
 # Copyright 2026 the mc-transformers authors.
 """Segment descriptors: what the content gates know of a segment."""
 
+from functools import partial
+
 import torch
 
-from ..kernels.shared.ops import running_sum
+from ..kernels.shared.ops import compute_dtype, running_sum
+from ..kernels.shared.recompute import recomputed
 from .borders import Borders, Number
 from .segments import SegmentTable
 
@@ -45,27 +48,43 @@ class Summary:
     def grid(
         self, u: torch.Tensor, source: torch.Tensor, table: SegmentTable, sums: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Online logits of a grid and the sums after every grid segment.
+        """Online logits of a grid and the sums after every grid segment, in fp32. Only the arguments are kept for the
+        backward.
 
         Args:
-            u: `[R, N, W, H, du]`. source: `[R, N, W, H, du]` fp32, zero where there is no token.
+            u: `[R, N, W, H, du]`. source: `[R, N, W, H, du]`, zero where there is no token.
             sums: `[R, H, m, du]`, of the segment that the first grid segment resumes, or None.
 
         Returns:
             `[R, N, W, H]` and `[R, N, H, m, du]`.
         """
+        ends = torch.stack([part.sum(2) for part in self._parts(source.to(compute_dtype(source)), table)], 3)
+        if sums is not None:
+            ends = ends + self._first(table, ends)[..., None, None, None] * sums[:, None]
+        return recomputed(partial(self._logits, table), u, source, sums), ends
+
+    def _parts(self, source: torch.Tensor, table: SegmentTable) -> list[torch.Tensor]:
+        """What of `[R, N, W, H, du]` is in each of the m sub-blocks."""
+        if self.num_blocks == 1:
+            return [source]
         block = table.offset // self.block
-        totals, products = [], []
-        for index in range(self.num_blocks):
-            part = source if self.num_blocks == 1 else source * (block == index)[..., None, None]
+        return [source * (block == index)[..., None, None] for index in range(self.num_blocks)]
+
+    @staticmethod
+    def _first(table: SegmentTable, like: torch.Tensor) -> torch.Tensor:
+        """`[N]`, one for the first grid segment."""
+        return (torch.arange(table.num_segments, device=like.device) == 0).to(like.dtype)
+
+    def _logits(
+        self, table: SegmentTable, u: torch.Tensor, source: torch.Tensor, sums: torch.Tensor | None
+    ) -> torch.Tensor:
+        products = []
+        for index, part in enumerate(self._parts(source.to(compute_dtype(source)), table)):
             total = running_sum(part, 2)
             if sums is not None:
-                resumed = (torch.arange(table.num_segments, device=u.device) == 0).to(total.dtype)
-                total = total + resumed[:, None, None, None] * sums[:, None, None, :, index]
+                total = total + self._first(table, total)[:, None, None, None] * sums[:, None, None, :, index]
             products.append((u.to(total.dtype) * total).sum(-1))
-            totals.append(total[:, :, -1])
-        logits = self._best(torch.stack(products, -1), self.counts(table.offset)[..., None, :])
-        return logits, torch.stack(totals, 3)
+        return self._best(torch.stack(products, -1), self.counts(table.offset)[..., None, :])
 
     def token(self, u: torch.Tensor, sums: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         """Online logit `[B, H]` from sums `[B, L, H, m, du]` of all levels that already hold the token at `offset`
