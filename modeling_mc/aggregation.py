@@ -5,8 +5,6 @@ Two forms of the same rule: `Aggregation.mix` for a whole segment grid, through 
 `Aggregation.mix_token` for one token per row, which decoding uses and which specifies the first form.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from ..kernels.read.gates import (
@@ -110,18 +108,15 @@ class Aggregation:
             x = mixed if index == self.memory.num_maps - 1 else self.memory.between(index, mixed)
         return self.memory.finish(q, x)
 
-    def _route(self, routes: dict, key, choose: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """This layer's choice of segments, or the first layer's where all layers share it."""
-        if not self.shares_routes:
-            return choose()
-        if key not in routes:
-            routes[key] = choose()
-        return routes[key]
-
     def _select(self, q, u, caches, online_logit, birth, first, function, routes):
-        summaries = caches.summaries
-        index = self._route(routes, "grid", lambda: self.memory.route(u, summaries, birth, first, self.top_k))
-        gates, online_gate = apply_gates(logits_of_chosen(u, summaries, index), online_logit, function)
+        index = routes.get("grid")  # the first layer's choice, where all layers share it
+        if index is None:
+            index, logits = self.memory.route(u, caches.summaries, birth, first, self.top_k)
+            if self.shares_routes:
+                routes["grid"] = index
+        else:
+            logits = logits_of_chosen(u, caches.summaries, index)
+        gates, online_gate = apply_gates(logits, online_logit, function)
         return self.memory.selected_read(q, gates, caches.states, index), online_gate
 
     # --------------------------------------------------------------------------------------------------- one token

@@ -59,8 +59,10 @@ def segment_read(width: int, dtype: torch.dtype, blocks: int = 1, function: str 
 
 
 def segment_route(width: int, dtype: torch.dtype, blocks: int = 1) -> None:
-    summaries = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width)
-    route_triton.forward(grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
+    summaries, chosen = empty(ROWS, CACHED + SEGMENTS, HEADS, blocks, width), grid(TOP_K, dtype=torch.int64)
+    inputs = (grid(width, dtype=dtype), summaries, *visibility(), TOP_K)
+    route_triton.forward(*inputs)
+    route_triton.backward(None, grid(TOP_K), *inputs, chosen)
 
 
 def selected_read(width: int, dtype: torch.dtype) -> None:
@@ -197,17 +199,16 @@ def widths_of(op: str) -> dict[str, int]:
     return {preset: width for preset, width in WIDTHS.items() if width <= widest}
 
 
+PRESETS = {f"{op} {preset} bf16": (run, width) for op, run in OPS.items() for preset, width in widths_of(op).items()}
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Names and runs: the preset widths in bf16, fp16 and fp32 at some, and flags at width 64. Deep memories and
-    `state_step` have no fp16: it takes the instructions of bf16."""
-    for op, run in OPS.items():
-        for preset, width in widths_of(op).items():
-            yield f"{op} {preset} bf16", partial(run, width, torch.bfloat16)
+    """Names and runs: the preset widths in bf16, fp32 at some, and flags at width 64. fp16 takes the instructions of
+    bf16."""
+    for name, (run, width) in PRESETS.items():
+        yield name, partial(run, width, torch.bfloat16)
     for op, run in OPS.items():
         yield f"{op} d64 fp32", partial(run, 64, torch.float32)
     yield "deep_read d128 fp32", partial(deep_read, 128, torch.float32)
-    for op, run in LINEAR.items():
-        for width in (64, 128):
-            yield f"{op} d{width} fp16", partial(run, width, torch.float16)
     for name, run in VARIANTS.items():
         yield f"{name} d64 bf16", partial(run, 64, torch.bfloat16)

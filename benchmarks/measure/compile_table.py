@@ -37,13 +37,18 @@ PAGE = TABLE.with_suffix(".md")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CHIPS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "amd"}
-# bytes of shared memory that one program may use
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# what `chip` says there; sm_86 is as sm_89: the same tensor cores and shared memory
+CHIPS = {"sm_89": "small", "sm_120": "small", "sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell"}
+CHIPS["gfx942"] = "amd"
+KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_LIMIT = {target: 1024 * size for target, size in KIB.items()}  # bytes that one program may use
+WIDE = ("d128 bf16", "mc-1.3b bf16")  # the cases of all targets; sm_90 has the others too
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -82,13 +87,13 @@ class Launch:
     def compile(self, target: str) -> dict:
         """What one compilation needs: registers, bytes of stack and shared memory, tensor-core instructions."""
         source, options = self.source()
-        compiled = triton.compile(source, target=TARGETS[target], options=options)
+        compiled = triton.compile(source, target=TARGETS[target], options=options | triton_common.OPTIONS)
         used = {"shared": compiled.metadata.shared}
         if target.startswith("gfx"):
             text = compiled.asm["amdgcn"]
             numbers = {key: re.search(rf"\.{key}: +(\d+)", text) for key in ("vgpr_count", "vgpr_spill_count")}
             used["registers"], used["stack"] = (int(found.group(1)) if found else 0 for found in numbers.values())
-            return used | {"tensor_core": len(re.findall(r"\bv_s?mfma", text))}
+            return used | {"mma": len(re.findall(r"\bv_s?mfma", text)), "wgmma": 0}
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
@@ -97,7 +102,13 @@ class Launch:
                 for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", ["-c"]))
             )
         used["registers"], used["stack"] = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        return used | {"tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code))}
+        kinds = {"mma": r"\bHMMA\b", "wgmma": r"\b(?:HGMMA|UTC\w*MMA)\b"}
+        return used | {kind: len(re.findall(pattern, code)) for kind, pattern in kinds.items()}
+
+
+def compiled(case: str, target: str) -> bool:
+    """Whether the table has a case on a target."""
+    return target == "sm_90" or case.endswith(WIDE)
 
 
 def record(run: Callable, target: str) -> dict[str, Launch]:
@@ -143,7 +154,7 @@ def compile_all(only: str, targets: list[str], missing: bool, path: Path) -> Non
     table: dict[tuple[str, str], list[dict]] = {}
     for row in known["rows"] if known["triton"] == triton.__version__ else []:
         table.setdefault((row["case"], row["target"]), []).append(row)
-    chosen = [(name, target) for target in targets for name in every if name.startswith(only)]
+    chosen = [(name, t) for t in targets for name in every if name.startswith(only) and compiled(name, t)]
     work = {key: record(every[key[0]], key[1]) for key in chosen}
     work = {key: x for key, x in work.items() if not (missing and current(table.get(key, []), x))}
     with tqdm(total=sum(map(len, work.values()))) as progress:
@@ -160,7 +171,8 @@ def compile_all(only: str, targets: list[str], missing: bool, path: Path) -> Non
 
 def load(path: Path = TABLE) -> dict:
     """What was written: `triton` (version) and `rows` with case, kernel, target, registers, stack and shared (bytes),
-    tensor_core (instructions) and meta (compile-time constants)."""
+    mma and wgmma (tensor-core instructions of
+    a warp, and of four warps or of sm_100's tensor memory) and meta (compile-time constants)."""
     return json.loads(path.read_text())
 
 

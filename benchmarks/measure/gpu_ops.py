@@ -132,12 +132,12 @@ def packed_op(size: Size) -> Op:
 
 def route_op(size: Size) -> Op:
     inputs = [randn(*size.grid, size.dim), *_memories(size)[1:]]
-    return Op(lambda backend, *x: segment_route(*x, size.top_k, backend), inputs, (0,), size.pairs * size.dim)
+    return Op(lambda backend, *x: segment_route(*x, size.top_k, backend)[0], inputs, (0,), size.pairs * size.dim)
 
 
 def selected_op(size: Size) -> Op:
     states, summaries, birth, first = _memories(size)
-    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")
+    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")[0]
     inputs = [unit(randn(*size.grid, size.dim)), randn(*index.shape).softmax(-1) * (index >= 0), states]
     products = index.numel() * size.dim * size.value
     return Op(lambda backend, *x: selected_read(*x, index, backend), inputs, (0, 2), products)
@@ -255,7 +255,7 @@ def deep_constant_op(size: Size) -> Op:
 
 def deep_selected_op(size: Size) -> Op:
     _, summaries, birth, first = _memories(size)
-    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")
+    index = segment_route(randn(*size.grid, size.dim), summaries, birth, first, size.top_k, "torch")[0]
     weights = randn(*index.shape).softmax(-1) * (index >= 0)
     maps = _deep_maps(size, (size.rows, size.memories, size.heads))
     return Op(

@@ -13,8 +13,12 @@ def _gates(read: DeepRead, visible: torch.Tensor, begin: int, count: int) -> tor
 
 
 def _read(q, w2, w1, scale, shift, visible) -> DeepRead:
-    first = torch.zeros(visible.shape[:2], dtype=torch.int64, device=q.device)
-    return DeepRead(q, w2, w1, scale, shift, first)
+    rows, num, memories = visible.shape
+    first, kept, stop = (
+        torch.full(shape, value, dtype=torch.int64, device=q.device)
+        for shape, value in (((rows, num), 0), ((rows,), memories - num), ((rows, memories), num))
+    )
+    return DeepRead(q, w2, w1, scale, shift, first, kept, stop)
 
 
 def forward(q, w2, w1, scale, shift, visible):

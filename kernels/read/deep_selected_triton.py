@@ -36,13 +36,13 @@ def _tile_kernel(
     memory,
     source,
     out,
-    top_k,
     heads,
     D: tl.constexpr,
     H: tl.constexpr,
     BD: tl.constexpr,
     BH: tl.constexpr,
     BT: tl.constexpr,
+    TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -52,7 +52,9 @@ def _tile_kernel(
     pair = tl.load(source + tl.cast(tl.program_id(0), tl.int64) * BT + tl.arange(0, BT))  # -1 where there is none
     m_pair = pair >= 0
     m_pd = m_pair[:, None] & m_d[None, :]
-    token = tl.maximum(pair, 0) // top_k
+    if tl.max(pair, 0) < 0:
+        return
+    token = tl.maximum(pair, 0) // TOP_K
     i = tl.load(memory + tl.program_id(0))
     b_q = tl.load(q + token[:, None] * D + o_d[None, :], mask=m_pd, other=0.0)
     b_r = inner_answers(b_q, w2 + i * D * H, w1 + i * D * H, D, H, BD, BH, BT, PRECISION)
@@ -81,13 +83,13 @@ def _tile_backward_kernel(
     grad_weights,
     grad_r,
     grad_scale,
-    top_k,
     heads,
     D: tl.constexpr,
     H: tl.constexpr,
     BD: tl.constexpr,
     BH: tl.constexpr,
     BT: tl.constexpr,
+    TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -98,7 +100,9 @@ def _tile_backward_kernel(
     pair = tl.load(source + slot)
     m_pair = pair >= 0
     m_pd = m_pair[:, None] & m_d[None, :]
-    token = tl.maximum(pair, 0) // top_k
+    if tl.max(pair, 0) < 0:
+        return
+    token = tl.maximum(pair, 0) // TOP_K
     i = tl.load(memory + tile)
     p_w2, p_w1 = w2 + i * D * H, w1 + i * D * H
     b_q = tl.load(q + token[:, None] * D + o_d[None, :], mask=m_pd, other=0.0)
@@ -133,12 +137,12 @@ def _maps_backward_kernel(
     grad_w2,
     grad_w1,
     grad_scale,
-    top_k,
     D: tl.constexpr,
     H: tl.constexpr,
     BD: tl.constexpr,
     BH: tl.constexpr,
     BT: tl.constexpr,
+    TOP_K: tl.constexpr,
     NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -155,7 +159,7 @@ def _maps_backward_kernel(
         tile = tl.cast(number, tl.int64)
         slot = tile * BT + tl.arange(0, BT)
         pair = tl.load(source + slot)
-        token = tl.maximum(pair, 0) // top_k
+        token = tl.maximum(pair, 0) // TOP_K
         m_pd = (pair >= 0)[:, None] & m_d[None, :]
         b_q = tl.load(q + token[:, None] * D + o_d[None, :], mask=m_pd, other=0.0)
         b_grad_r = tl.load(grad_r + slot[:, None] * D + o_d[None, :], mask=m_pd, other=0.0)
@@ -177,17 +181,17 @@ class _Pairs:
         self.q, self.w2, self.w1 = (x.to(dtype).contiguous() for x in (q, w2, w1))
         self.weights, self.index = weights.float().contiguous(), index.contiguous()
         scale, shift = (None if x is None else x.float().contiguous() for x in (scale, shift))
-        largest = 32 if dtype == torch.float32 or chip(q) == "amd" else 64
-        self.tiles = Tiles(index, w2.shape[1], largest)
+        self.tiles = Tiles(index, w2.shape[1], 32 if dtype == torch.float32 or chip(q) == "amd" else 64)
         self.source = torch.where(self.tiles.filled, self.tiles.source, -1)
-        self.heads, self.dim, self.top_k = q.shape[3], q.shape[4], index.shape[-1]
+        self.heads, self.dim = q.shape[3:]
         self.has_norm = scale is not None
         self.meta = sizes_of(self.w2) | {
             "BT": self.tiles.size,
+            "TOP_K": index.shape[-1],
             "NORM": self.has_norm,
             "PRECISION": dot_precision(self.q),
         }
-        self.config = [({}, warps_of(self.w2), 2)]
+        self.warps = warps_of(self.w2)
         self.args = {
             "q": self.q,
             "weights": self.weights,
@@ -197,13 +201,12 @@ class _Pairs:
             "shift": shift,
             "memory": self.tiles.memory,
             "source": self.source,
-            "top_k": self.top_k,
             "heads": self.heads,
         }
 
     def answers(self) -> torch.Tensor:
         rows = self.q.new_empty(self.index.numel(), self.dim)
-        launch(_tile_kernel, lambda _: (self.tiles.num,), self.args | {"out": rows}, self.meta, self.config)
+        launch(_tile_kernel, (self.tiles.num,), self.args | {"out": rows}, self.meta, self.warps, 2)
         return sum_rows(rows, self.index)
 
     def backward(self, grad_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -221,7 +224,7 @@ class _Pairs:
             "grad_scale": tile_scale,
         }
         meta = self.meta | backward_sizes(self.w2)
-        launch(_tile_backward_kernel, lambda _: (self.tiles.num,), args, meta, self.config)
+        launch(_tile_backward_kernel, (self.tiles.num,), args, meta, self.warps, 2)
         grad_w2, grad_w1 = (torch.empty_like(w, dtype=torch.float32) for w in (self.w2, self.w1))
         grad_scale = self.weights.new_empty(*self.w2.shape[:3], self.dim) if self.has_norm else None
         args = {
@@ -235,10 +238,9 @@ class _Pairs:
             "grad_w2": grad_w2,
             "grad_w1": grad_w1,
             "grad_scale": grad_scale,
-            "top_k": self.top_k,
         }
         grid = (self.w2.shape[:3].numel() * triton.cdiv(meta["H"], meta["BH"]),)
-        launch(_maps_backward_kernel, lambda _: grid, args, meta, self.config)
+        launch(_maps_backward_kernel, grid, args, meta, self.warps, 2)
         return sum_rows(rows, self.index), grad_weights, grad_w2, grad_w1, grad_scale
 
 

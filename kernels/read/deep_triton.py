@@ -27,7 +27,7 @@ from ..shared.deep_triton import (
     warps_of,
 )
 from ..shared.triton import LENGTHS, dot_precision, launch, narrow, operand_dtype
-from .gates_triton import GateKernels, query_blocks
+from .gates_triton import GateKernels, memory_at, query_blocks, readable
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def _read_kernel(
     scale,
     shift,
     first,
+    kept,
     out,
     begin,
     count,
@@ -73,8 +74,9 @@ def _read_kernel(
     o_td, m_td = (o_t * heads * D)[:, None] + o_d[None, :], m_t[:, None] & m_d[None, :]
     b_q = tl.load(q + token * D + o_td, mask=m_td, other=0.0)
     b_sum, b_total = tl.zeros((BT, BD), tl.float32), tl.zeros((BT,), tl.float32)
-    for memory in range(tl.load(first + row * num + segment), memories - num + segment):
-        i = tl.cast(memory, tl.int64)
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
+    for place in range(start, end):
+        i = tl.cast(memory_at(place, border, gap), tl.int64)
         pair = (group * memories + i) * count * width + local * width + slot
         b_gate = tl.load(gates + pair + o_t, mask=m_t, other=0.0)
         o_map = ((row * memories + i) * heads + head) * D * H
@@ -100,6 +102,7 @@ def _read_backward_kernel(
     scale,
     shift,
     first,
+    kept,
     grad_q,
     grad_gates,
     shared,
@@ -133,16 +136,11 @@ def _read_backward_kernel(
     if NORM:
         b_common += tl.sum(b_scaled * tl.load(shift + head * D + o_d, mask=m_d, other=0.0)[None, :], 1)
         b_scaled *= tl.load(scale + head * D + o_d, mask=m_d, other=0.0)[None, :]
-    first_memory, visible = tl.load(first + row * num + segment), memories - num + segment
-    for memory in range(0, first_memory):  # the gradients of hidden memories are read, too
-        pair = (group * memories + tl.cast(memory, tl.int64)) * count * width + local * width + slot
-        tl.store(grad_gates + pair + o_t, tl.zeros((BT,), tl.float32), mask=m_t)
-        tl.store(grad_r + pair * D + o_pair, tl.zeros((BT, BD), grad_r.dtype.element_ty), mask=m_td)
-
     b_grad_q, b_sum = tl.zeros((BT, BD), tl.float32), tl.zeros((BT, BD), tl.float32)
     b_total, b_shared = tl.zeros((BT,), tl.float32), tl.zeros((BT,), tl.float32)
-    for memory in range(first_memory, visible):
-        i = tl.cast(memory, tl.int64)
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
+    for place in range(start, end):
+        i = tl.cast(memory_at(place, border, gap), tl.int64)
         pair = (group * memories + i) * count * width + local * width + slot
         b_gate = tl.load(gates + pair + o_t, mask=m_t, other=0.0)
         o_map = ((row * memories + i) * heads + head) * D * H
@@ -174,6 +172,7 @@ def _maps_backward_kernel(
     grad_r,
     w2,
     w1,
+    stop,
     grad_w2,
     grad_w1,
     begin,
@@ -204,8 +203,9 @@ def _maps_backward_kernel(
     b_grad_w2 = tl.load(p_w2, mask=m_w2, other=0.0)
     b_grad_w1 = tl.load(p_w1, mask=m_w1, other=0.0)
     earliest = memory - (memories - num) + 1  # the first query segment that may read this memory
-    for start in range(tl.maximum(earliest - begin, 0) * width, count * width, BT):
-        m_td = (start + o_t < count * width)[:, None] & m_d[None, :]
+    end = (tl.load(stop + row * memories + memory).to(tl.int32) - begin) * width
+    for start in range(tl.maximum(earliest - begin, 0) * width, tl.minimum(end, count * width), BT):
+        m_td = (start + o_t < tl.minimum(end, count * width))[:, None] & m_d[None, :]
         token = ((row * num + begin) * width + start) * heads + head
         b_q = tl.load(q + token * D + (o_t * heads * D)[:, None] + o_d[None, :], mask=m_td, other=0.0)
         pair = (group * memories + i) * count * width + start
@@ -218,18 +218,18 @@ def _maps_backward_kernel(
 class DeepRead:
     """Launches of the kernels above for one call. Tensors are contiguous and of the operand dtype."""
 
-    def __init__(self, q, w2, w1, scale, shift, first) -> None:
+    def __init__(self, q, w2, w1, scale, shift, first, kept, stop) -> None:
         dtype = operand_dtype(q, w2, w1) if q.dtype == torch.float32 else q.dtype
         self.q, self.w2, self.w1 = (x.to(dtype).contiguous() for x in (q, w2, w1))
         self.scale, self.shift = (None if x is None else x.float().contiguous() for x in (scale, shift))
-        self.first = first.contiguous()
+        self.first, self.kept, self.stop = first.contiguous(), kept, stop
         self.rows, self.num, self.width, self.heads, self.dim = q.shape
         self.memories, self.groups = w2.shape[1], self.rows * self.heads
         self.sizes = {"num": self.num, "width": self.width, "heads": self.heads, "memories": self.memories}
         self.has_norm = scale is not None
         self.meta = sizes_of(self.w2) | {"PRECISION": dot_precision(self.q)}
-        self.tile = tile_of(self.w2, self.width)
-        self.config = [({"BT": self.tile}, warps_of(self.w2), 2)]
+        self.tile = tile_of(self.w2)
+        self.meta["BT"], self.warps = self.tile, warps_of(self.w2)
         self.tiles = triton.cdiv(self.width, self.tile)
 
     def _args(self, gates: torch.Tensor, begin: int, count: int) -> dict:
@@ -241,6 +241,7 @@ class DeepRead:
             "scale": self.scale,
             "shift": self.shift,
             "first": self.first,
+            "kept": self.kept,
             "begin": begin,
             "count": count,
         }
@@ -248,7 +249,7 @@ class DeepRead:
     def read(self, out: torch.Tensor, gates: torch.Tensor, begin: int, count: int) -> None:
         args = self._args(gates, begin, count) | {"out": out}
         grid = (self.groups * count * self.tiles,)
-        launch(_read_kernel, lambda _: grid, args, self.meta | {"NORM": self.has_norm}, self.config)
+        launch(_read_kernel, grid, args, self.meta | {"NORM": self.has_norm}, self.warps, 2)
 
     def begin_backward(self, grad_out: torch.Tensor) -> None:
         self.grad_out, self.grad_q = grad_out.to(self.q.dtype).contiguous(), torch.empty_like(self.q)
@@ -276,8 +277,8 @@ class DeepRead:
             "grad_norm": grad_norm,
         }
         meta = self.meta | backward_sizes(self.w2)
-        config = [({"BT": self.tile}, 8, 2)]  # with 4 warps it spills
-        launch(_read_backward_kernel, lambda _: (programs,), args, meta | {"NORM": self.has_norm}, config)
+        # with 4 warps it spills
+        launch(_read_backward_kernel, (programs,), args, meta | {"NORM": self.has_norm}, 8, 2)
         if self.has_norm:
             per_head = grad_norm.view(self.rows, self.heads, -1, 2, self.dim).sum((0, 2))
             self.grad_scale += per_head[:, 0]
@@ -287,13 +288,14 @@ class DeepRead:
             "grad_r": grad_r,
             "w2": self.w2,
             "w1": self.w1,
+            "stop": self.stop,
             "grad_w2": self.grad_w2,
             "grad_w1": self.grad_w1,
             "begin": begin,
             "count": count,
         }
         grid = (self.groups * self.memories * triton.cdiv(meta["H"], meta["BH"]),)
-        launch(_maps_backward_kernel, lambda _: grid, args, meta, self.config, ("grad_w2", "grad_w1"))
+        launch(_maps_backward_kernel, grid, args, meta, self.warps, 2)
         return grad_gates[None], shared[None]
 
     def gradients(self, q, w2, w1, scale, shift) -> tuple[torch.Tensor, ...]:
@@ -310,7 +312,7 @@ class DeepRead:
 def forward(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function):
     """See `deep_read`."""
     gates = GateKernels(u, summaries, online_logit, birth, first, function)
-    read = DeepRead(q, w2, w1, scale, shift, first)
+    read = DeepRead(q, w2, w1, scale, shift, first, gates.kept, gates.stop)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin, count in gates.blocks():
         read.read(out, gates.block(begin, count), begin, count)
@@ -320,7 +322,7 @@ def forward(q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, f
 def backward(grad_out, grad_online, q, u, w2, w1, summaries, online_logit, scale, shift, birth, first, function):
     """See `deep_read_backward_torch`."""
     gates = GateKernels(u, summaries, online_logit, birth, first, function)
-    read = DeepRead(q, w2, w1, scale, shift, first)
+    read = DeepRead(q, w2, w1, scale, shift, first, gates.kept, gates.stop)
     read.begin_backward(grad_out)
     gates.begin_backward(grad_online)
     for begin, count in read.blocks():

@@ -133,16 +133,32 @@ def hidden_memories(birth: torch.Tensor, first: torch.Tensor, segments: slice, m
     return (birth[:, None, memories] > rank[:, None]) | (slot < first[:, segments, None])
 
 
+def last_readers(birth: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """`[R, S]` int64: memory i is read by query segments below it. `first` rises along a row."""
+    slots = torch.arange(birth.shape[1], device=birth.device).expand(len(birth), -1).contiguous()
+    return torch.searchsorted(first, slots, right=True).masked_fill(birth >= first.shape[1], 0)
+
+
+def kept_memories(birth: torch.Tensor, num: int) -> torch.Tensor:
+    """`[R]` int64: the memories kept from earlier up to the last that may be read: a static cache has more."""
+    cached = birth.shape[1] - num
+    if not cached:
+        return birth.new_zeros(len(birth))
+    return ((birth[:, :cached] < num) * torch.arange(1, cached + 1, device=birth.device)).amax(1)
+
+
 # ---------------------------------------------------------------------------------------------------- top-k choice
 def largest(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logits (eq. 16) `[..., min(top_k, S)]`, and whose they are, int64; HIDDEN and -1 where fewer may be
-    read."""
-    best = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-    return best.values, best.indices.masked_fill(best.values == HIDDEN, -1)
+    """The largest logits (eq. 16) `[..., top_k]`, and whose they are, int64; HIDDEN and -1 where fewer may be read."""
+    best, missing = logits.topk(min(top_k, logits.shape[-1]), dim=-1), (0, max(0, top_k - logits.shape[-1]))
+    values, index = best.values, best.indices.masked_fill(best.values == HIDDEN, -1)
+    if missing[1]:
+        values, index = F.pad(values, missing, value=HIDDEN), F.pad(index, missing, value=-1)
+    return values, index
 
 
 def choose_best(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The memories with the largest logits alone, `[..., min(top_k, S)]` int64; -1 where fewer may be read."""
+    """The memories with the largest logits alone, `[..., top_k]` int64; -1 where fewer may be read."""
     return largest(logits, top_k)[1]
 
 

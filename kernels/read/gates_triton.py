@@ -8,14 +8,25 @@ G = rows x heads. Deep reads and the backward of `segment_read` take them as giv
 nothing of gates; the forward of `segment_read` does without. `query_blocks` bounds their size; nothing is kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from ..shared.triton import LENGTHS, chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
-from .gates import missing_in_triton
+from ..shared.triton import (
+    LENGTHS,
+    OLDER,
+    chip,
+    dot,
+    dot_precision,
+    launch,
+    narrow,
+    operand_dtype,
+    power_of_two,
+    split_dot,
+)
+from .gates import kept_memories, last_readers, missing_in_triton
 
 
 ELEMENTS = 2**27  # gates that are held at once, unless fewer tokens than PROGRAMS tiles would be left
@@ -41,13 +52,17 @@ def triton_name(function: str) -> str:
     return function
 
 
-def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[dict, int, int]:
+def gate_config(u: torch.Tensor, summaries: torch.Tensor) -> tuple[int, int, int]:
     """Tile of tokens, warps and stages of the kernels that compute logits, without spilled registers."""
     on, dim = chip(u), power_of_two(u.shape[-1])
-    tile, warps = 64, 8 if dim > 128 and on != "amd" else 4
-    if on == "ampere" and dim * summaries.shape[3] > 128:
+    tile, warps, stages = 64, 8 if dim > 128 and on in ("hopper", *OLDER) else 4, 2
+    if on == "amd" or (on == "small" and dim > 128):
+        stages = 1
+    if on == "small" and dim == 128:
+        warps = 8
+    if on in OLDER and dim * summaries.shape[3] > 128:
         tile = 16 if dim > 128 else 32
-    return {"BT": min(tile, power_of_two(u.shape[2]))}, warps, 1 if on == "amd" else 2
+    return tile, warps, stages
 
 
 @triton.jit
@@ -113,11 +128,36 @@ def block_logits(
 
 
 @triton.jit
-def hide(b_logit, o_memory, visible, segment, p_birth, first):
+def gate_of(b_logit, b_norm, FUNCTION: tl.constexpr):
+    """Gates from logits and what `_gates_kernel` leaves in `norm`."""
+    if FUNCTION == "softmax":
+        return tl.exp(b_logit - b_norm)
+    elif FUNCTION == "relu":
+        return tl.maximum(b_logit, 0.0) / b_norm
+    else:
+        return tl.sigmoid(b_logit)
+
+
+@triton.jit
+def readable(first, kept, row, segment, num, memories):
+    """The places from `start` to `end` are the memories that a query segment may read at most: those below `border`
+    themselves, the others with `gap` more. Kept memories behind the last that anyone may read have no place."""
+    first_memory = tl.load(first + row * num + segment).to(tl.int32)
+    border, cached = tl.load(kept + row).to(tl.int32), memories - num
+    start = tl.minimum(first_memory, border) + tl.maximum(first_memory - cached, 0)
+    return start, border + segment, border, cached - border
+
+
+@triton.jit
+def memory_at(place, border, gap):
+    return place + tl.where(place < border, 0, gap)
+
+
+@triton.jit
+def hide(b_logit, o_memory, m_memory, segment, p_birth):
     """Logits [BT, BN] with -inf where a query segment may not read a memory."""
-    b_birth = tl.load(p_birth + o_memory, mask=o_memory < visible, other=2147483647)
-    m_seen = (o_memory < visible) & (b_birth <= segment) & (o_memory >= first)
-    return tl.where(m_seen[None, :], b_logit, float("-inf"))
+    b_birth = tl.load(p_birth + o_memory, mask=m_memory, other=2147483647)
+    return tl.where((m_memory & (b_birth <= segment))[None, :], b_logit, float("-inf"))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -127,9 +167,10 @@ def _gates_kernel(
     online_logit,
     birth,
     first,
+    kept,
     gates,
     online_gate,
-    total,
+    norm,
     begin,
     count,
     num,
@@ -140,11 +181,14 @@ def _gates_kernel(
     BU: tl.constexpr,
     BLOCKS: tl.constexpr,
     FUNCTION: tl.constexpr,
+    WRITE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Programs: (row, head) x (query segment of the block, tile of BT tokens)."""
+    """The online gates and, in `norm`, what every gate of a token shares: the logarithm of the softmax's sum, or the
+    sum of the positive parts. WRITE: and the gates. Programs: (row, head) x (query segment of the block, tile of BT
+    tokens)."""
     tiles = tl.cdiv(width, BT)
     group = tl.cast(tl.program_id(0) // (count * tiles), tl.int64)
     place = tl.program_id(0) % (count * tiles)
@@ -159,17 +203,15 @@ def _gates_kernel(
     p_summaries = summaries + (row * memories * heads + head) * BLOCKS * DU
     stride = heads * BLOCKS * DU
     p_birth = birth + row * memories
-    first_memory = tl.load(first + row * num + segment)
-    visible = memories - num + segment
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
 
     b_max, b_sum = b_online, weigh(b_online, b_online, FUNCTION)
     if FUNCTION != "sigmoid":
-        for start in range(0, visible, BN):
-            o_memory = start + tl.arange(0, BN)
-            b_logit, _ = block_logits(
-                b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION
-            )
-            b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
+        for place in range(start, end, BN):
+            m_memory = place + tl.arange(0, BN) < end
+            o_memory = memory_at(place + tl.arange(0, BN), border, gap)
+            b_logit, _ = block_logits(b_u, p_summaries, o_memory, m_memory, stride, DU, BU, BLOCKS, PRECISION)
+            b_logit = hide(b_logit, o_memory, m_memory, segment, p_birth)
             if FUNCTION == "softmax":
                 b_new = tl.maximum(b_max, tl.max(b_logit, 1))
                 b_sum *= tl.exp(b_max - b_new)
@@ -177,17 +219,18 @@ def _gates_kernel(
             b_sum += tl.sum(weigh(b_logit, b_max[:, None], FUNCTION), 1)
     b_own, b_sum = finish(weigh(b_online, b_max, FUNCTION), b_sum, FUNCTION)
     tl.store(online_gate + token, b_own / b_sum, mask=m_t)
-    if FUNCTION == "relu":  # the pull-back needs it
-        tl.store(total + token, b_sum, mask=m_t)
+    b_norm = b_max + tl.log(b_sum) if FUNCTION == "softmax" else b_sum
+    tl.store(norm + token, b_norm, mask=m_t)
 
-    p_gates = gates + group * memories * count * width + local * width + o_t
-    for start in range(0, visible, BN):
-        o_memory = start + tl.arange(0, BN)
-        b_logit, _ = block_logits(b_u, p_summaries, o_memory, o_memory < visible, stride, DU, BU, BLOCKS, PRECISION)
-        b_logit = hide(b_logit, o_memory, visible, segment, p_birth, first_memory)
-        b_gate = weigh(b_logit, b_max[:, None], FUNCTION) / b_sum[:, None]
-        o_gate = tl.cast(o_memory, tl.int64)[None, :] * count * width
-        tl.store(p_gates[:, None] + o_gate, b_gate, mask=m_t[:, None] & (o_memory < visible)[None, :])
+    if WRITE:
+        p_gates = gates + group * memories * count * width + local * width + o_t
+        for place in range(start, end, BN):
+            m_memory = place + tl.arange(0, BN) < end
+            o_memory = memory_at(place + tl.arange(0, BN), border, gap)
+            b_logit, _ = block_logits(b_u, p_summaries, o_memory, m_memory, stride, DU, BU, BLOCKS, PRECISION)
+            b_gate = gate_of(hide(b_logit, o_memory, m_memory, segment, p_birth), b_norm[:, None], FUNCTION)
+            o_gate = tl.cast(o_memory, tl.int64)[None, :] * count * width
+            tl.store(p_gates[:, None] + o_gate, b_gate, mask=m_t[:, None] & m_memory[None, :])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -198,7 +241,9 @@ def _gates_backward_kernel(
     u,
     summaries,
     online_gate,
-    total,
+    norm,
+    first,
+    kept,
     grad_online,
     grad_u,
     grad_logit,
@@ -238,7 +283,7 @@ def _gates_backward_kernel(
     b_grad_own = tl.load(grad_online + token, mask=m_t, other=0.0)
     b_shared, b_sum = tl.zeros((BT,), tl.float32), None
     if FUNCTION == "relu":
-        b_sum = tl.load(total + token, mask=m_t, other=1.0)
+        b_sum = tl.load(norm + token, mask=m_t, other=1.0)
     if FUNCTION != "sigmoid":  # what all gates of a token share through their sum
         b_shared += b_own * b_grad_own
         for part in tl.static_range(PARTS):
@@ -250,9 +295,10 @@ def _gates_backward_kernel(
         b_u = tl.load(u + o_tu, mask=m_tu, other=0.0)
     b_grad_u = tl.zeros((BT, BU), tl.float32)
     p_token = group * memories * count * width + local * width + o_t
-    for start in range(0, memories - num + segment, BN):
-        o_memory = start + tl.arange(0, BN)
-        m_memory = o_memory < memories - num + segment
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
+    for place in range(start, end, BN):
+        m_memory = place + tl.arange(0, BN) < end
+        o_memory = memory_at(place + tl.arange(0, BN), border, gap)
         o_gate = p_token[:, None] + tl.cast(o_memory, tl.int64)[None, :] * count * width
         m_gate = m_t[:, None] & m_memory[None, :]
         b_gate = tl.load(gates + o_gate, mask=m_gate, other=0.0)
@@ -275,8 +321,10 @@ def _gates_backward_kernel(
 @triton.jit(do_not_specialize=LENGTHS)
 def _summaries_backward_kernel(
     grad_logits,
+    index,
     u,
     summaries,
+    stop,
     grad_summaries,
     begin,
     count,
@@ -287,12 +335,14 @@ def _summaries_backward_kernel(
     DU: tl.constexpr,
     BU: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TOP_K: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one block of query segments gives to the gradient of the summaries. Programs: (row, head) x blocks of
-    BN memories x means."""
+    """Adds what one block of query segments gives to the gradient of the summaries, from that of the logits of all
+    memories `[G, S, T]`, or (TOP_K) of those in `index` `[R, N, W, H, k]`. Programs: (row, head) x blocks of BN
+    memories x means."""
     blocks = tl.cdiv(memories, BN)
     group = tl.cast(tl.program_id(0) // blocks, tl.int64)
     row, head = group // heads, group % heads
@@ -304,15 +354,24 @@ def _summaries_backward_kernel(
     # memory i is read from segment i - cached + 1 on, if at all
     earliest = tl.program_id(0) % blocks * BN - (memories - num) + 1
     skip = tl.maximum(earliest - begin, 0) * width // BT * BT
+    b_stop = (tl.load(stop + row * memories + o_memory, mask=m_memory, other=0).to(tl.int32) - begin) * width
     b_sum = tl.zeros((BN, BU), tl.float32)
-    for start in range(skip, count * width, BT):
+    for start in range(skip, tl.minimum(count * width, tl.max(b_stop, 0)), BT):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < count * width
         token = ((row * num + begin) * width + o_t) * heads + head
         b_u = tl.load(u + token[:, None] * DU + o_u[None, :], mask=m_t[:, None] & (o_u < DU)[None, :], other=0.0)
-        m_read = m_t[None, :] & (o_memory[:, None] < (memories - num + begin) + (o_t // width)[None, :])
-        o_grad = (group * memories + o_memory)[:, None] * count * width + o_t[None, :]
-        b_grad = tl.load(grad_logits + o_grad, mask=m_read, other=0.0)  # [BN, BT]
+        if TOP_K > 0:
+            b_grad = tl.zeros((BN, BT), tl.float32)
+            for number in tl.static_range(TOP_K):
+                b_index = tl.load(index + token * TOP_K + number, mask=m_t, other=-1)
+                b_part = tl.load(grad_logits + token * TOP_K + number, mask=b_index >= 0, other=0.0)
+                b_grad += tl.where(o_memory[:, None] == b_index[None, :], b_part[None, :], 0.0)
+        else:
+            m_read = o_memory[:, None] < (memories - num + begin) + (o_t // width)[None, :]
+            m_read = m_read & m_t[None, :] & (o_t[None, :] < b_stop[:, None])
+            o_grad = (group * memories + o_memory)[:, None] * count * width + o_t[None, :]
+            b_grad = tl.load(grad_logits + o_grad, mask=m_read, other=0.0)  # [BN, BT]
         if BLOCKS > 1:
             _, b_choice = block_logits(b_u, p_summaries, o_memory, m_memory, stride, DU, BU, BLOCKS, PRECISION)
             b_grad = tl.where(tl.trans(b_choice) == tl.program_id(1), b_grad, 0.0)
@@ -336,8 +395,10 @@ class GateKernels:
         self.birth, self.first = birth.contiguous(), first.contiguous()
         self.rows, self.num, self.width, self.heads, self.summary_dim = u.shape
         self.memories, self.groups = summaries.shape[1], u.shape[0] * u.shape[3]
-        self.online_gate = torch.empty(online_logit.shape, dtype=torch.float32, device=u.device)
-        self.total = torch.empty_like(self.online_gate) if function == "relu" else None
+        self.kept, self.stop = kept_memories(self.birth, u.shape[1]), last_readers(self.birth, self.first)
+        self.online_gate, self.norm = (
+            torch.empty(online_logit.shape, dtype=torch.float32, device=u.device) for _ in range(2)
+        )
         self.sizes = {"num": self.num, "width": self.width, "heads": self.heads, "memories": self.memories}
         self.meta = {
             "DU": self.summary_dim,
@@ -345,33 +406,42 @@ class GateKernels:
             "BLOCKS": summaries.shape[3],
             "FUNCTION": triton_name(function),
             "PRECISION": dot_precision(self.u),
-            "BN": min(32, power_of_two(self.memories)),
+            "BN": 32,
         }
-        self.configs = [gate_config(u, summaries)]
+        self.meta["BT"], *self.options = gate_config(u, summaries)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         return query_blocks(self.num, self.width, self.groups, self.memories)
 
-    def tiles(self, count: int, blocks: int = 1) -> Callable[[dict], tuple[int]]:
-        """Programs for tiles of BT tokens of `count` query segments, times `blocks`."""
-        return lambda meta: (self.groups * count * triton.cdiv(self.width, meta["BT"]) * blocks,)
+    def tiles(self, count: int, tile: int, blocks: int = 1) -> tuple[int]:
+        """Programs for tiles of tokens of `count` query segments, times `blocks`."""
+        return (self.groups * count * triton.cdiv(self.width, tile) * blocks,)
+
+    def shared(self) -> None:
+        """Fills `norm` and `online_gate` alone."""
+        self._run(None, 0, self.num)
 
     def block(self, begin: int, count: int) -> torch.Tensor:
         gates = self.u.new_empty(self.groups, self.memories, count * self.width, dtype=torch.float32)
+        self._run(gates, begin, count)
+        return gates
+
+    def _run(self, gates: torch.Tensor | None, begin: int, count: int) -> None:
         args = {
             "u": self.u,
             "summaries": self.summaries,
             "online_logit": self.online_logit,
             "birth": self.birth,
             "first": self.first,
+            "kept": self.kept,
             "gates": gates,
             "online_gate": self.online_gate,
-            "total": self.total,
+            "norm": self.norm,
             "begin": begin,
             "count": count,
         }
-        launch(_gates_kernel, self.tiles(count), args | self.sizes, self.meta, self.configs)
-        return gates
+        meta = self.meta | {"WRITE": gates is not None}
+        launch(_gates_kernel, self.tiles(count, meta["BT"]), args | self.sizes, meta, *self.options)
 
     def begin_backward(self, grad_online: torch.Tensor) -> None:
         self.grad_online = grad_online.contiguous()
@@ -390,7 +460,9 @@ class GateKernels:
             "u": self.u,
             "summaries": self.summaries,
             "online_gate": self.online_gate,
-            "total": self.total,
+            "norm": self.norm,
+            "first": self.first,
+            "kept": self.kept,
             "grad_online": self.grad_online,
             "grad_u": self.grad_u,
             "grad_logit": self.grad_logit,
@@ -400,15 +472,24 @@ class GateKernels:
             "token_stride": self.online_gate.numel(),
         }
         meta = self.meta | {"PARTS": len(grad_gates)}
-        launch(_gates_backward_kernel, self.tiles(count), args | self.sizes, meta, self.configs)
-        args = {
-            "grad_logits": grad_gates,
-            "u": self.u,
-            "summaries": self.summaries,
-            "grad_summaries": self.grad_summaries,
-            "begin": begin,
-            "count": count,
-        }
+        launch(_gates_backward_kernel, self.tiles(count, meta["BT"]), args | self.sizes, meta, *self.options)
         meta = {key: value for key, value in self.meta.items() if key != "FUNCTION"}
-        grid = (self.groups * triton.cdiv(self.memories, meta["BN"]), meta["BLOCKS"])
-        launch(_summaries_backward_kernel, lambda _: grid, args | self.sizes, meta, self.configs)
+        args = {"begin": begin, "count": count} | self.sizes
+        summaries_backward(
+            grad_gates, None, self.u, self.summaries, self.stop, self.grad_summaries, args, meta, *self.options
+        )
+
+
+def summaries_backward(grad_logits, index, u, summaries, stop, grad_summaries, args, meta, warps, stages) -> None:
+    """Adds to the gradient of the summaries, see `_summaries_backward_kernel`."""
+    args = args | {
+        "grad_logits": grad_logits,
+        "index": index,
+        "u": u,
+        "summaries": summaries,
+        "stop": stop,
+        "grad_summaries": grad_summaries,
+    }
+    meta = meta | {"TOP_K": 0 if index is None else index.shape[-1]}
+    grid = (u.shape[0] * u.shape[3] * triton.cdiv(summaries.shape[1], meta["BN"]), meta["BLOCKS"])
+    launch(_summaries_backward_kernel, grid, args, meta, warps, stages)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ..shared.triton import (
     LENGTHS,
+    OLDER,
     chip,
     dot,
     dot_precision,
@@ -25,7 +26,7 @@ from ..shared.triton import (
     split_dot,
     split_width,
 )
-from .gates_triton import GateKernels, finish, hide, weigh
+from .gates_triton import GateKernels, gate_of, hide, memory_at, readable
 
 
 @triton.jit
@@ -79,11 +80,11 @@ def _read_kernel(
     u,
     states,
     summaries,
-    online_logit,
+    norm,
     birth,
     first,
+    kept,
     out,
-    online_gate,
     num,
     width,
     heads,
@@ -103,9 +104,8 @@ def _read_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Every BN-th step takes the logits of the next BN memories, and rescales what is summed up so far to the new
-    maximum. It is one loop, as two nested ones take more registers. Programs: (row, head) x (query segment, last
-    first; tile of BT tokens; block of DV)."""
+    """Every BN-th step takes the gates of the next BN memories: one loop, as two nested ones take more registers.
+    Programs: (row, head) x (query segment, last first; tile of BT tokens; block of DV)."""
     tiles, blocks = tl.cdiv(width, BT), (DV + BV - 1) // BV
     group = tl.cast(tl.program_id(0) // (num * tiles * blocks), tl.int64)
     place = tl.program_id(0) % (num * tiles * blocks)
@@ -118,42 +118,30 @@ def _read_kernel(
     b_q = load_blocks(q + token * DK, m_t, DK, BK, NK)
     p_u = u + token * DU
     b_u = load_blocks(p_u, m_t, DU, BU, NU) if HOLD else None
-    b_online = tl.load(online_logit + token, mask=m_t, other=0.0).to(tl.float32)
+    b_norm = tl.load(norm + token, mask=m_t, other=1.0)
     p_summaries = summaries + (row * memories * heads + head) * BLOCKS * DU
     stride = heads * BLOCKS * DU
     o_n = tl.arange(0, BN)
-    b_max, b_sum = b_online, weigh(b_online, b_online, FUNCTION)  # the online memory is the first of the sum
     b_gates, b_out = tl.zeros((BT, BN), tl.float32), tl.zeros((BT, BV), tl.float32)
-    first_memory, visible = tl.load(first + row * num + segment).to(tl.int32), memories - num + segment
-    for memory in range(first_memory, visible):
-        column = (memory - first_memory) % BN
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
+    for place in range(start, end):
+        column = (place - start) % BN
         if column == 0:
-            o_memory = memory + o_n
-            m_memory = o_memory < visible
+            m_memory = place + o_n < end
+            o_memory = memory_at(place + o_n, border, gap)
             b_logit = _logits(
                 b_u, p_u, m_t, p_summaries, o_memory, m_memory, stride, DU, BU, NU, BLOCKS, HOLD, PRECISION
             )
-            b_logit = hide(b_logit, o_memory, visible, segment, birth + row * memories, first_memory)
-            if FUNCTION == "softmax":
-                b_new = tl.maximum(b_max, tl.max(b_logit, 1))
-                b_scale = tl.exp(b_max - b_new)
-                b_max, b_sum = b_new, b_sum * b_scale
-                b_out *= b_scale[:, None]
-            b_gates = weigh(b_logit, b_max[:, None], FUNCTION)
-            b_sum += tl.sum(b_gates, 1)
-        p_state = states + ((row * memories + memory) * heads + head) * DK * DV
-        b_answer = tl.zeros((BT, BV), tl.float32)
+            b_logit = hide(b_logit, o_memory, m_memory, segment, birth + row * memories)
+            b_gates = gate_of(b_logit, b_norm[:, None], FUNCTION)
+        b_gate = tl.sum(tl.where((o_n == column)[None, :], b_gates, 0.0), 1)
+        p_state = states + ((row * memories + memory_at(place, border, gap)) * heads + head) * DK * DV
         for number in tl.static_range(NK):
             o_k = number * BK + tl.arange(0, BK)
             mask = (o_k < DK)[:, None] & m_v[None, :]
             b_state = tl.load(p_state + o_k[:, None] * DV + o_v[None, :], mask=mask, other=0.0)  # [BK, BV]
-            b_answer = dot(b_q[number], b_state, b_answer, PRECISION)
-        b_gate = tl.sum(tl.where((o_n == column)[None, :], b_gates, 0.0), 1)
-        b_out += b_gate[:, None] * b_answer
-    b_own, b_sum = finish(weigh(b_online, b_max, FUNCTION), b_sum, FUNCTION)
-    b_out *= (1 / b_sum)[:, None]
-    if block == 0:
-        tl.store(online_gate + token, b_own / b_sum, mask=m_t)
+            b_weighed = narrow(b_q[number].to(tl.float32) * b_gate[:, None], b_q[number].dtype)
+            b_out = dot(b_weighed, b_state, b_out, PRECISION)
     p_out = out + token[:, None] * DV + o_v[None, :]
     tl.store(p_out, narrow(b_out, out.dtype.element_ty), mask=m_t[:, None] & m_v[None, :])
 
@@ -165,6 +153,7 @@ def _read_backward_kernel(
     states,
     gates,
     first,
+    kept,
     grad_q,
     grad_gates,
     shared,
@@ -203,14 +192,11 @@ def _read_backward_kernel(
     for _ in tl.static_range(NK):
         b_grad = b_grad + (tl.zeros((BT, BK), tl.float32),)
     b_shared = tl.zeros((BT,), tl.float32)
-    first_memory, visible = tl.load(first + row * num + segment), memories - num + segment
+    start, end, border, gap = readable(first, kept, row, segment, num, memories)
     p_token = group * memories * count * width + local * width + o_t
     grad_gates += part * part_stride
-    for memory in range(0, first_memory):  # the gradient of hidden memories' gates is read, too
-        o_gate = p_token + tl.cast(memory, tl.int64) * count * width
-        tl.store(grad_gates + o_gate, tl.zeros((BT,), tl.float32), mask=m_t)
-    for memory in range(first_memory, visible):
-        i = tl.cast(memory, tl.int64)
+    for place in range(start, end):
+        i = tl.cast(memory_at(place, border, gap), tl.int64)
         o_gate = p_token + i * count * width
         b_gate = tl.load(gates + o_gate, mask=m_t, other=0.0)
         b_grad_gate = tl.zeros((BT,), tl.float32)
@@ -241,6 +227,7 @@ def _states_backward_kernel(
     grad_out,
     q,
     gates,
+    stop,
     grad_states,
     begin,
     count,
@@ -253,34 +240,49 @@ def _states_backward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
+    NM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one block of query segments gives. Programs: (row, head) x (memory, block of DK, block of DV)."""
+    """Adds what one block of query segments gives to NM memories that share what is loaded of tokens. Programs:
+    (row, head) x (NM memories, block of DK, block of DV)."""
     k_blocks, v_blocks = (DK + BK - 1) // BK, (DV + BV - 1) // BV
-    blocks = k_blocks * v_blocks
-    group = tl.cast(tl.program_id(0) // (memories * blocks), tl.int64)
-    place = tl.program_id(0) % (memories * blocks)
-    memory, block = place // blocks, place % blocks
+    blocks = tl.cdiv(memories, NM) * k_blocks * v_blocks
+    group = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    place = tl.program_id(0) % blocks
+    first, block = place // (k_blocks * v_blocks) * NM, place % (k_blocks * v_blocks)
     row, head = group // heads, group % heads
     o_k = block // v_blocks * BK + tl.arange(0, BK)
     o_v = block % v_blocks * BV + tl.arange(0, BV)
     m_k, m_v = o_k < DK, o_v < DV
-    i = tl.cast(memory, tl.int64)
-    o_state = ((row * memories + i) * heads + head) * DK * DV + o_k[:, None] * DV + o_v[None, :]
+    p_states = grad_states + ((row * memories + first) * heads + head) * DK * DV + o_k[:, None] * DV + o_v[None, :]
     m_state = m_k[:, None] & m_v[None, :]
-    b_sum = tl.load(grad_states + o_state, mask=m_state, other=0.0)
-    p_gates = gates + (group * memories + i) * count * width
-    earliest = memory - (memories - num) + 1  # the first query segment that may read this memory
-    for start in range(tl.maximum(earliest - begin, 0) * width, count * width, BT):
+    p_gates = gates + (group * memories + first) * count * width
+    b_sums, begins, stops, last = (), (), (), 0
+    for number in tl.static_range(NM):
+        m_here = (first + number + tl.arange(0, 1) < memories)[:, None]
+        p_state = p_states + tl.cast(number, tl.int64) * heads * DK * DV
+        b_sums = b_sums + (tl.load(p_state, mask=m_state & m_here, other=0.0),)
+        # tokens of the first query segment that may read this memory, and of the one behind the last
+        here = tl.load(stop + row * memories + tl.minimum(first + number, memories - 1)).to(tl.int32)
+        here = (tl.where(first + number < memories, here, 0) - begin) * width
+        begins = begins + (tl.maximum(first + number - (memories - num) + 1 - begin, 0) * width,)
+        stops, last = stops + (tl.minimum(here, count * width),), tl.maximum(last, here)
+    for start in range(begins[0], tl.minimum(last, count * width), BT):
         o_t = start + tl.arange(0, BT)
         m_t = o_t < count * width
         token = ((row * num + begin) * width + o_t) * heads + head
-        b_gate = tl.load(p_gates + o_t, mask=m_t, other=0.0)
-        b_q = tl.load(q + token[:, None] * DK + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_q = tl.load(q + token[None, :] * DK + o_k[:, None], mask=m_t[None, :] & m_k[:, None], other=0.0)  # [BK, BT]
         b_go = tl.load(grad_out + token[:, None] * DV + o_v[None, :], mask=m_t[:, None] & m_v[None, :], other=0.0)
-        b_go = narrow(b_gate[:, None] * b_go.to(tl.float32), grad_out.dtype.element_ty)
-        b_sum = dot(tl.trans(b_q), b_go, b_sum, PRECISION)
-    tl.store(grad_states + o_state, b_sum, mask=m_state)
+        b_next = ()
+        for number in tl.static_range(NM):
+            m_read = (o_t >= begins[number]) & (o_t < stops[number])
+            b_gate = tl.load(p_gates + tl.cast(number, tl.int64) * count * width + o_t, mask=m_read, other=0.0)
+            b_weighed = narrow(b_q.to(tl.float32) * b_gate[None, :], b_q.dtype)
+            b_next = b_next + (dot(b_weighed, b_go, b_sums[number], PRECISION),)
+        b_sums = b_next
+    for number in tl.static_range(NM):
+        p_state = p_states + tl.cast(number, tl.int64) * heads * DK * DV
+        tl.store(p_state, b_sums[number], mask=m_state & (first + number + tl.arange(0, 1) < memories)[:, None])
 
 
 class _Read:
@@ -295,22 +297,18 @@ class _Read:
         self.on = chip(q)
         self.wide = max(self.key_dim, self.value_dim) > 128
 
-    def _configs(self, *choices: tuple[int, int, int]) -> list[tuple[dict, int, int]]:
-        """From (tile, warps, stages)."""
-        exact = torch.float32 in (self.q.dtype, self.gates.u.dtype)
-        largest = min(power_of_two(self.gates.width), 32 if exact else 128)
+    def _config(self, tile: int, warps: int, stages: int) -> tuple[int, int, int]:
+        """The same tile, warps and stages, or what fits."""
         if self.on == "amd":
-            choices = [(64, 4, 1 if self.wide else 2)]  # with two stages the wide ones need more than its 64 KiB
-        kept = {(min(tile, largest), warps, stages) for tile, warps, stages in choices if tile <= largest}
-        kept = sorted(kept, reverse=True) or [(largest, 4, choices[0][2])]
-        return [({"BT": tile}, warps, stages) for tile, warps, stages in kept]
+            tile, warps, stages = 64, 4, 1 if self.wide else 2  # with two stages the wide ones need more than 64 KiB
+        return (32, 4, stages) if torch.float32 in (self.q.dtype, self.gates.u.dtype) else (tile, warps, stages)
 
     def read(self, out: torch.Tensor) -> None:
-        """Writes the answers, and the online gate of `gates`."""
+        """Writes the answers; `gates.shared` has run."""
         gates, wide = self.gates, self.wide
         value_block = min(power_of_two(self.value_dim), 64 if self.on == "amd" and wide else 128)
         key_block = split_width(self.key_dim, 128 if self.on == "hopper" and not wide else 64)
-        block = split_width(gates.summary_dim, 32 if wide else 64)
+        block = split_width(gates.summary_dim, 64 if not wide else 16 if self.on == "hopper" else 32)
         meta = self.meta | {
             "BK": key_block,
             "NK": triton.cdiv(self.key_dim, key_block),
@@ -328,16 +326,19 @@ class _Read:
             "u": gates.u,
             "states": self.states,
             "summaries": gates.summaries,
-            "online_logit": gates.online_logit,
+            "norm": gates.norm,
             "birth": gates.birth,
             "first": gates.first,
+            "kept": gates.kept,
             "out": out,
-            "online_gate": gates.online_gate,
         }
-        grid = gates.tiles(gates.num, triton.cdiv(self.value_dim, value_block))
-        stages = 2 if wide else 3
-        choices = [(64, 4, stages)] if wide and self.on == "ampere" else [(128, 8, stages), (64, 4, stages)]
-        launch(_read_kernel, grid, args | gates.sizes, meta, self._configs(*choices))
+        if self.on in OLDER:
+            config = (32, 4, 1 if self.on == "small" else 2) if wide else (128, 8, 2)
+        else:  # two programs on a chip: one takes gates while the other multiplies
+            config = (64, 4, 2)
+        meta["BT"], *options = self._config(*config)
+        grid = gates.tiles(gates.num, meta["BT"], triton.cdiv(self.value_dim, value_block))
+        launch(_read_kernel, grid, args | gates.sizes, meta, *options)
 
     def backward(self, grad_q, grad_states, grad_out, gates, begin: int, count: int):
         """Writes to grad_q, adds to grad_states; the gradient of the gates in parts, and per token the sum of gate x
@@ -359,6 +360,7 @@ class _Read:
             "states": self.states,
             "gates": gates,
             "first": self.gates.first,
+            "kept": self.gates.kept,
             "grad_q": grad_q,
             "grad_gates": grad_gates,
             "shared": shared,
@@ -367,28 +369,24 @@ class _Read:
             "part_stride": gates.numel(),
             "token_stride": self.q.shape[:-1].numel(),
         }
-        grid = self.gates.tiles(count, parts)
-        stages = 2 if self.wide else 3
-        launch(_read_backward_kernel, grid, args | self.gates.sizes, meta, self._configs((64, 8, stages)))
+        meta["BT"], *options = self._config(64, 8, 2 if self.wide else 3)
+        grid = self.gates.tiles(count, meta["BT"], parts)
+        launch(_read_backward_kernel, grid, args | self.gates.sizes, meta, *options)
         meta = self.meta | {"BK": min(power_of_two(self.key_dim), 128), "BV": min(power_of_two(self.value_dim), 128)}
+        meta["NM"] = 2 if self.on in ("hopper", "blackwell") and not self.wide else 1
         blocks = triton.cdiv(self.key_dim, meta["BK"]) * triton.cdiv(self.value_dim, meta["BV"])
         args = {
             "grad_out": grad_out,
             "q": self.q,
             "gates": gates,
+            "stop": self.gates.stop,
             "grad_states": grad_states,
             "begin": begin,
             "count": count,
         }
-        programs = self.gates.groups * self.gates.memories * blocks
-        launch(
-            _states_backward_kernel,
-            lambda _: (programs,),
-            args | self.gates.sizes,
-            meta,
-            self._configs((64, 8, 3)),
-            ("grad_states",),
-        )
+        grid = (self.gates.groups * triton.cdiv(self.gates.memories, meta["NM"]) * blocks,)
+        meta["BT"], *options = self._config(64, 8, 3)
+        launch(_states_backward_kernel, grid, args | self.gates.sizes, meta, *options)
         return grad_gates, shared
 
 
@@ -397,6 +395,7 @@ def forward(q, u, states, summaries, online_logit, birth, first, function):
     gates = GateKernels(u, summaries, online_logit, birth, first, function)
     read = _Read(q, states, gates)
     out = torch.empty(*q.shape[:-1], states.shape[-1], dtype=q.dtype, device=q.device)
+    gates.shared()
     read.read(out)
     return out, gates.online_gate
 

@@ -4,47 +4,106 @@ The read is grouped: (token, memory) pairs are sorted by memory and cut into til
 is fetched once per tile and k products per token are computed, whatever the number of segments.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from ..shared.ops import budget, choose_backend, compute_dtype, register_op
-from .gates import HIDDEN, choose_best, first_readable, gate_logits, hidden_memories
+from .gates import HIDDEN, first_readable, gate_logits, gate_logits_backward, hidden_memories, largest
 
 
 ROUTE_BUDGET = 2**19  # elements of one block of scores, tokens x segments
 
 
+class _Routes:
+    """Blocks of query segments, with the memories that they may see at most."""
+
+    def __init__(self, u, summaries, birth, first, top_k: int) -> None:
+        self.rows, self.num, self.width, self.heads, _ = u.shape
+        self.birth, self.first, self.memories = birth, first, summaries.shape[1]
+        self.groups, self.top_k = self.rows * self.heads, min(top_k, self.memories)
+        self.u = self.tokens(u, compute_dtype(u))
+        self.summaries = summaries.to(self.u.dtype).movedim(2, 1).flatten(0, 1)  # [G, S, m, d]
+
+    def tokens(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[R, N, W, H, d]` to `[G, N, W, d]`."""
+        return x.to(dtype).movedim(3, 1).reshape(self.groups, self.num, self.width, -1)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(self.rows, self.heads, self.num, self.width, -1).movedim(1, 3).contiguous()
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        readable, old = first_readable(self.first), self.memories - self.num
+        widest = max((old + n + 1 - low for n, low in enumerate(readable)), default=self.memories)
+        step = max(1, budget(self.u.device, ROUTE_BUDGET) // max(1, self.groups * self.width * widest))
+        for start in range(0, self.num, step):
+            stop = min(start + step, self.num)
+            visible = max(self.top_k, old + stop)  # later memories are hidden from all of this block
+            yield slice(start, stop), slice(max(0, min(visible - self.top_k, *readable[start:stop])), visible)
+
+    def hidden(self, segments: slice, seen: slice) -> torch.Tensor:
+        return hidden_memories(self.birth, self.first, segments, seen).repeat_interleave(self.heads, 0)[:, :, None]
+
+
 def segment_route_torch(
     u: torch.Tensor, summaries: torch.Tensor, birth: torch.Tensor, first: torch.Tensor, top_k: int
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `segment_route`."""
-    rows, num, width, heads, _ = u.shape
-    memories = summaries.shape[1]
-    groups, top_k = rows * heads, min(top_k, memories)
-    ug = u.to(compute_dtype(u)).movedim(3, 1).reshape(groups, num, width, -1)
-    zg = summaries.to(ug.dtype).movedim(2, 1).reshape(groups, memories, *summaries.shape[3:])
-    chosen = torch.empty(groups, num, width, top_k, dtype=torch.int64, device=u.device)
-    readable = first_readable(first)
-    widest = max((memories - num + n + 1 - low for n, low in enumerate(readable)), default=memories)
-    step = max(1, budget(u.device, ROUTE_BUDGET) // max(1, groups * width * widest))
-    for start in range(0, num, step):
-        stop = min(start + step, num)
-        visible = max(top_k, memories - num + stop)  # later memories are hidden from all of this block
-        seen = slice(max(0, min(visible - top_k, *readable[start:stop])), visible)
-        logits, _ = gate_logits(ug[:, start:stop].flatten(1, 2), zg[:, seen])
-        hidden = hidden_memories(birth, first, slice(start, stop), seen).repeat_interleave(heads, 0)[:, :, None]
-        logits = logits.view(groups, stop - start, width, -1).masked_fill_(hidden, HIDDEN)
-        best = choose_best(logits, top_k)
-        chosen[:, start:stop] = torch.where(best < 0, best, best + seen.start)
-    return chosen.view(rows, heads, num, width, top_k).movedim(1, 3).contiguous()
+    routes = _Routes(u, summaries, birth, first, top_k)
+    chosen = torch.empty(*routes.u.shape[:-1], top_k, dtype=torch.int64, device=u.device)
+    best = routes.u.new_empty(chosen.shape)
+    for segments, seen in routes.blocks():
+        logits, _ = gate_logits(routes.u[:, segments].flatten(1, 2), routes.summaries[:, seen])
+        logits = logits.unflatten(1, (-1, routes.width)).masked_fill_(routes.hidden(segments, seen), HIDDEN)
+        best[:, segments], index = largest(logits, top_k)
+        chosen[:, segments] = torch.where(index < 0, index, index + seen.start)
+    return routes.join(chosen), routes.join(best)
+
+
+def segment_route_backward_torch(
+    grad_index: torch.Tensor | None,
+    grad_logits: torch.Tensor,
+    u: torch.Tensor,
+    summaries: torch.Tensor,
+    birth: torch.Tensor,
+    first: torch.Tensor,
+    top_k: int,
+    index: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of u and summaries: products with gradients of all logits, which are zero where nothing was chosen."""
+    routes = _Routes(u, summaries, birth, first, top_k)
+    chosen, grad = routes.tokens(index, index.dtype), routes.tokens(grad_logits, routes.u.dtype)
+    grad_u, grad_summaries = torch.empty_like(routes.u), torch.zeros_like(routes.summaries)
+    for segments, seen in routes.blocks():
+        tokens, read = routes.u[:, segments].flatten(1, 2), routes.summaries[:, seen]
+        choice = gate_logits(tokens, read)[1] if read.shape[2] > 1 else None
+        place, count = chosen[:, segments].flatten(1, 2), seen.stop - seen.start
+        place = torch.where(place < 0, count, place - seen.start)  # behind the last: what was not chosen
+        every = tokens.new_zeros(*place.shape[:2], count + 1)
+        every = every.scatter_(-1, place, grad[:, segments].flatten(1, 2))[..., :count]
+        block, grad_read = gate_logits_backward(every, choice, tokens, read)
+        grad_u[:, segments] = block.view_as(grad_u[:, segments])
+        grad_summaries[:, seen] += grad_read
+    grad_summaries = grad_summaries.view(routes.rows, routes.heads, *grad_summaries.shape[1:]).transpose(1, 2)
+    return routes.join(grad_u).to(u.dtype), grad_summaries.to(summaries.dtype).contiguous()
+
+
+def _fake_route(u, summaries, birth, first, top_k):
+    shape = (*u.shape[:-1], top_k)
+    return u.new_empty(shape, dtype=torch.int64), u.new_empty(shape, dtype=compute_dtype(u))
 
 
 segment_route_op = register_op(
     "segment_route",
     segment_route_torch,
-    fake=lambda u, summaries, birth, first, top_k: u.new_empty(
-        *u.shape[:-1], min(top_k, summaries.shape[1]), dtype=torch.int64
+    segment_route_backward_torch,
+    _fake_route,
+    lambda grad_index, grad_logits, u, summaries, *rest: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, summaries)
     ),
+    differentiable=2,
     triton="read.route_triton",
+    keeps=1,
 )
 
 
@@ -55,25 +114,27 @@ def segment_route(
     first: torch.Tensor,
     top_k: int,
     backend: str = "auto",
-) -> torch.Tensor:
-    """The k past segments that score highest, per token and head (eq. 16); no gradient.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k past segments that score highest, per token and head (eq. 16), and their scores.
 
     Args: as in `segment_read`; top_k >= 1.
 
     Returns:
-        `[R, N, W, H, min(top_k, S)]` int64, indices into the S memories, -1 where fewer are visible.
+        `[R, N, W, H, k]` int64, indices into the S memories, -1 where fewer are visible; and their logits, -inf there,
+        in fp32 (float64 for float64), differentiable with respect to u and summaries.
     """
     backend = choose_backend(backend, "segment_route", u, u.shape[-1])
-    return segment_route_op(u.detach(), summaries.detach(), birth, first, top_k, backend)
+    return segment_route_op(u, summaries, birth, first, top_k, backend)
 
 
 class Tiles:
-    """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory.
+    """(token, choice) pairs sorted by memory, cut into tiles of at most `size` pairs that share one memory; None: as
+    many as memories have on average.
 
     The last tile belongs to nobody: pairs without a memory find their answer there, which is zero.
     """
 
-    def __init__(self, index: torch.Tensor, num_memories: int, largest: int = 256) -> None:
+    def __init__(self, index: torch.Tensor, num_memories: int, size: int | None = None) -> None:
         rows, num, width, heads, self.top_k = index.shape
         device, exporting = index.device, torch.compiler.is_compiling()
         row = torch.arange(rows, device=device).view(-1, 1, 1, 1, 1)
@@ -83,7 +144,7 @@ class Tiles:
         key, pair = key.sort(stable=not exporting)  # exporters know no stable one; answers are the same
         counts = torch.searchsorted(key, torch.arange(groups + 1, device=device)).diff()
         average = key.numel() // max(1, groups)
-        self.size = max(16, min(largest, 1 << max(average - 1, 1).bit_length()))
+        self.size = size or max(16, min(256, 1 << max(average - 1, 1).bit_length()))
         tiles = (counts + self.size - 1) // self.size
         last_tile, last_pair = tiles.cumsum(0), counts.cumsum(0)
         self.borders = torch.cat([last_tile.new_zeros(1), last_tile])  # memory i has the tiles borders[i : i + 1]

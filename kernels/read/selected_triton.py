@@ -23,7 +23,6 @@ def _tile_kernel(
     source,
     out,
     products,
-    top_k,
     num_pairs,
     DX: tl.constexpr,
     DY: tl.constexpr,
@@ -31,6 +30,7 @@ def _tile_kernel(
     NX: tl.constexpr,
     BY: tl.constexpr,
     BT: tl.constexpr,
+    TOP_K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     PRODUCTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -43,7 +43,9 @@ def _tile_kernel(
     m_y = o_y < DY
     pair = tl.load(source + tl.cast(tile, tl.int64) * BT + tl.arange(0, BT))  # -1 where there is none
     m_pair = pair >= 0
-    token = tl.maximum(pair, 0) // top_k
+    if tl.max(pair, 0) < 0:
+        return
+    token = tl.maximum(pair, 0) // TOP_K
     b_rows = load_blocks(rows + token * DX, m_pair, DX, BX, NX)
     p_state = states + tl.load(memory + tile) * DX * DY
     b_answer = tl.zeros((BT, BY), tl.float32)
@@ -86,7 +88,7 @@ def sum_rows(pairs: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     total = pairs.new_empty(*index.shape[:-1], width)
     args = {"pairs": pairs, "index": index, "out": total, "num_tokens": tokens}
     meta = {"K": top_k, "D": width, "BD": power_of_two(width), "BT": 16}
-    launch(_sum_kernel, lambda _: (triton.cdiv(tokens, 16),), args, meta, [({}, 4, 1)])
+    launch(_sum_kernel, (triton.cdiv(tokens, 16),), args, meta, 4, 1)
     return total
 
 
@@ -98,12 +100,12 @@ def _selected_states_kernel(
     borders,
     source,
     grad_states,
-    top_k,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
+    TOP_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient of one memory from all of its tiles, in order. Programs: (memory, block of DK, block of DV)."""
@@ -117,7 +119,7 @@ def _selected_states_kernel(
     for tile in range(first_tile, last_tile):
         pair = tl.load(source + tl.cast(tile, tl.int64) * BT + tl.arange(0, BT))
         m_pair = pair >= 0
-        token = tl.maximum(pair, 0) // top_k
+        token = tl.maximum(pair, 0) // TOP_K
         b_weight = tl.load(weights + tl.maximum(pair, 0), mask=m_pair, other=0.0)
         b_q = tl.load(q + token[:, None] * DK + o_k[None, :], mask=m_pair[:, None] & m_k[None, :], other=0.0)
         b_go = tl.load(grad_out + token[:, None] * DV + o_v[None, :], mask=m_pair[:, None] & m_v[None, :], other=0.0)
@@ -138,9 +140,9 @@ class _Pairs:
         later = on in ("hopper", "blackwell")
         self.tiles = Tiles(index, states.shape[1], 32 if dtype == torch.float32 else 128 if later else 64)
         self.source = torch.where(self.tiles.filled, self.tiles.source, -1)
-        self.top_k, self.precision = index.shape[-1], dot_precision(self.q)
+        self.precision = dot_precision(self.q)
         self.largest = 64 if on == "amd" else 128
-        self.config = ({}, 8 if later and self.tiles.size == 128 else 4, 1 if on == "amd" else 2)
+        self.warps, self.stages = 8 if self.tiles.size == 128 else 4, 1 if on == "amd" else 2
 
     def answers(self, rows: torch.Tensor, out_dim: int, transposed: bool, other: torch.Tensor | None = None):
         """Rows `[R, N, W, H, out_dim]` of tokens, summed over their pairs; and `other . S row` of every pair."""
@@ -159,7 +161,6 @@ class _Pairs:
             "source": self.source,
             "out": out,
             "products": products,
-            "top_k": self.top_k,
             "num_pairs": self.index.numel(),
         }
         meta = {
@@ -169,11 +170,12 @@ class _Pairs:
             "NX": triton.cdiv(dim, split),
             "BY": block,
             "BT": self.tiles.size,
+            "TOP_K": self.index.shape[-1],
             "TRANSPOSED": transposed,
             "PRODUCTS": other is not None,
             "PRECISION": self.precision,
         }
-        launch(_tile_kernel, lambda _: (self.tiles.num * blocks,), args, meta, [self.config])
+        launch(_tile_kernel, (self.tiles.num * blocks,), args, meta, self.warps, self.stages)
         return sum_rows(out, self.index), None if products is None else products.sum(0)
 
     def states_gradient(self, grad_out: torch.Tensor) -> torch.Tensor:
@@ -185,6 +187,7 @@ class _Pairs:
             "BK": min(power_of_two(key), 128),
             "BV": min(power_of_two(value), self.largest),
             "BT": self.tiles.size,
+            "TOP_K": self.index.shape[-1],
             "PRECISION": self.precision,
         }
         args = {
@@ -194,11 +197,10 @@ class _Pairs:
             "borders": self.tiles.borders,
             "source": self.source,
             "grad_states": grad,
-            "top_k": self.top_k,
         }
         programs = grad.shape[:3].numel() * triton.cdiv(key, meta["BK"]) * triton.cdiv(value, meta["BV"])
-        config = ({}, 8 if meta["BK"] * meta["BV"] > 64 * 64 else 4, self.config[2])
-        launch(_selected_states_kernel, lambda _: (programs,), args, meta, [config])
+        warps = 8 if meta["BK"] * meta["BV"] > 64 * 64 else 4
+        launch(_selected_states_kernel, (programs,), args, meta, warps, self.stages)
         return grad
 
 

@@ -216,9 +216,9 @@ def backward_sizes(w2: torch.Tensor) -> dict[str, int]:
     return {"BH": min(power_of_two(w2.shape[-1]), 32 if _small(w2) or w2.shape[-2] > 64 else 64)}
 
 
-def tile_of(w2: torch.Tensor, rows: int) -> int:
+def tile_of(w2: torch.Tensor) -> int:
     """Tokens per program."""
-    return min(power_of_two(rows), 32 if _small(w2) else 64)
+    return 32 if _small(w2) else 64
 
 
 def warps_of(w2: torch.Tensor) -> int:

@@ -70,6 +70,10 @@ def _no_triton(x: torch.Tensor, widths: tuple[int, ...], widest: int) -> str | N
         return "the package `triton` is not installed"
     if x.device.type != "cuda" and not (x.device.type == "cpu" and triton_interpreted()):
         return f"Triton has no device {x.device.type!r} (set TRITON_INTERPRET=1 to try it on the CPU)"
+    if x.device.type == "cuda" and torch.version.hip is None:
+        found = torch.cuda.get_device_properties(x.device)
+        if found.major < 8:
+            return f"the GPU has compute capability {found.major}.{found.minor}, allowed: 8.0 and later"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the dtype is {x.dtype}, allowed: float32, float16, bfloat16"
     if max(widths) > widest:
@@ -149,7 +153,7 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        with autocast_off(args[0].device):
+        with autocast_off(next(x.device for x in args if isinstance(x, torch.Tensor))):
             return function(*args, **kwargs)
 
     return run
@@ -164,6 +168,7 @@ def register_op(
     differentiable: int = 0,
     triton: str | None = None,
     mutates: tuple[str, ...] = (),
+    keeps: int = 0,
 ) -> Callable:
     """Register `forward`, and `backward` as its gradient, as ops that `torch.compile` and `torch.export` see through.
 
@@ -177,6 +182,7 @@ def register_op(
         triton: the module of kernels/, such as "read.segment_triton", whose `forward` and `backward` do the same on
             Triton. The op then has one more argument, "torch" or "triton" (see `choose_backend`).
         mutates: names of the tensors that `forward` changes in place; such an op has no `backward`.
+        keeps: how many of the leading outputs `backward` takes behind the inputs.
     """
     OPS[name] = triton
     op = _custom_op(name, forward, fake, triton, "forward", mutates)
@@ -192,19 +198,21 @@ def register_op(
         ctx.outputs_meta = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.is_tensor = [isinstance(x, torch.Tensor) for x in inputs]
         ctx.rest = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+        ctx.save_for_backward(*outputs[:keeps], *(x for x in inputs if isinstance(x, torch.Tensor)))
 
     def gradient(ctx, *grads):
-        tensors = iter(ctx.saved_tensors)
+        saved = ctx.saved_tensors  # asked for once: checkpointing gives it once
+        kept, tensors = saved[:keeps], iter(saved[keeps:])
         inputs = [next(tensors) if given else rest for given, rest in zip(ctx.is_tensor, ctx.rest, strict=True)]
         full = [None if grad is None else grad.contiguous() for grad in grads]
         for i, (shape, dtype, device) in enumerate(ctx.outputs_meta):
             if full[i] is None and not takes_none[i]:
                 full[i] = torch.zeros(shape, dtype=dtype, device=device)
-        results = backward_op(*full, *inputs)
+        count = len(inspect.signature(backward).parameters) - len(full) - keeps  # behind them: the backend
+        results = backward_op(*full, *inputs[:count], *kept, *inputs[count:])
         results = [results] if isinstance(results, torch.Tensor) else list(results)
-        kept = [r if ctx.is_tensor[i] and ctx.needs_input_grad[i] else None for i, r in enumerate(results)]
-        return (*kept, *[None] * (len(ctx.rest) - differentiable))
+        grads = [r if ctx.is_tensor[i] and ctx.needs_input_grad[i] else None for i, r in enumerate(results)]
+        return (*grads, *[None] * (len(ctx.rest) - differentiable))
 
     op.register_autograd(gradient, setup_context=setup_context)
     return op

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: how they are launched and tuned, and the products of small and large blocks.
+"""What all Triton kernels share: how they are launched, and the products of small and large blocks.
 
 This module, and every other `triton_*` module, is imported when the first op runs on Triton, never by the package.
 Kernel names: `b_*` blocks on chip, `p_*` pointers, `o_*` offsets, `m_*` masks; shapes in trailing comments.
@@ -17,50 +17,29 @@ from .ops import triton_interpreted
 
 INTERPRETED = tl.constexpr(triton_interpreted())
 # arguments that differ from text to text: no kernel is compiled once more because of their values
-LENGTHS = ["begin", "count", "num", "memories"]
+LENGTHS = ["begin", "count", "num", "memories", "part_stride", "token_stride"]
+OPTIONS = {"enable_fp_fusion": True}  # Triton's default will change; the table of compiled kernels has it
+SHARED = 160 * 1024  # bytes that a program may have on the GPUs of data centres; others have 99 KiB
+OLDER = ("ampere", "small")  # chips with the tensor cores of sm_80
 # offline compilation: `recorder` is called with (kernel, arguments, meta) instead of a launch, for a chip of `target`
 recorder: Callable | None = None
 target: str | None = None
 
 
-@functools.cache
-def _tuned(kernel, configs: tuple, names: tuple[str, ...], accumulates: tuple[str, ...]):
-    choices = []
-    for blocks, warps, stages in configs:
-        choices.append(triton.Config(dict(blocks), num_warps=warps, num_stages=stages))
-    return triton.autotune(choices, key=list(names), restore_value=list(accumulates), cache_results=True)(kernel)
-
-
-def launch(
-    kernel,
-    grid: Callable[[dict], tuple[int, ...]],
-    args: dict,
-    meta: dict,
-    configs: list[tuple[dict, int, int]],
-    accumulates: tuple[str, ...] = (),
-) -> None:
-    """Run `kernel` with the fastest of `configs`, measured once per set of `meta` (widths and flags, never lengths).
+def launch(kernel, grid: tuple[int, ...], args: dict, meta: dict, warps: int, stages: int) -> None:
+    """Run `kernel`.
 
     Args:
-        grid: from all constants to the numbers of programs. args: pointers (None where a flag says unused) and
-            run-time integers by name. meta: compile-time constants by name.
-        configs: more constants, num_warps and num_stages. The first one is taken where there is nothing to measure
-            (interpreter, deterministic mode).
-        accumulates: tensors that the kernel adds to, which measuring must not change.
+        grid: numbers of programs. args: pointers (None where a flag says unused) and run-time integers by name.
+        meta: compile-time constants by name, widths and flags. warps, stages: Triton's num_warps and num_stages.
     """
+    meta = meta | {"num_warps": warps, "num_stages": stages}
     if recorder is not None:
-        for blocks, warps, stages in configs:
-            recorder(kernel, args, {**meta, **blocks, "num_warps": warps, "num_stages": stages})
+        recorder(kernel, args, meta)
         return
     device = next(x.device for x in args.values() if isinstance(x, torch.Tensor))
-    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
-    with guard:
-        if INTERPRETED.value or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
-            blocks, warps, stages = configs[0]
-            kernel[grid](**args, **meta, **blocks, num_warps=warps, num_stages=stages)
-        else:
-            choices = tuple((tuple(blocks.items()), warps, stages) for blocks, warps, stages in configs)
-            _tuned(kernel, choices, tuple(sorted(meta)), accumulates)[grid](**args, **meta)
+    with contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device):
+        kernel[grid](**args, **meta, **OPTIONS)
 
 
 @functools.cache
@@ -69,12 +48,15 @@ def _chip(device: torch.device) -> str:
         return "hopper"
     if torch.version.hip is not None:
         return "amd"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "ampere" if major < 9 else "hopper" if major == 9 else "blackwell"
+    found = torch.cuda.get_device_properties(device)
+    if found.shared_memory_per_block_optin < SHARED:
+        return "small"
+    return "ampere" if found.major < 9 else "hopper" if found.major == 9 else "blackwell"
 
 
 def chip(x: torch.Tensor) -> str:
-    """What blocks are chosen for: "ampere", "hopper", "blackwell" or later, or "amd" (64 KiB of shared memory)."""
+    """What blocks are chosen for: "ampere", "hopper", "blackwell", "small" (99 KiB of shared memory: RTX, L4, L40S),
+    or "amd" (64 KiB)."""
     return target or _chip(x.device)
 
 
@@ -99,9 +81,10 @@ def dot_precision(x: torch.Tensor) -> str:
     """How fp32 operands like x are multiplied: what `torch.backends.fp32_precision` says, and what was asked for by
     `torch.set_float32_matmul_precision` (whose getter raises once the first was set). "tf32x3" is as accurate as
     fp32, on NVIDIA's tensor cores. Half precisions do not ask."""
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee" if chip(x) == "amd" else "tf32x3"
+    if chip(x) == "amd":
+        return "ieee"
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "tf32x3"
 
 
 @triton.jit
@@ -114,8 +97,19 @@ def narrow(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
+def nearest_tf32(b_x):
+    """Tensor cores cut an operand's last 13 bits off, which makes every product too small."""
+    if INTERPRETED:
+        return ((b_x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [b_x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def dot(b_x, b_y, b_sum, PRECISION: tl.constexpr):
     """`b_sum + b_x @ b_y`, accumulated in fp32; b_sum may be None."""
+    if PRECISION == "tf32" and b_x.dtype == tl.float32:
+        b_x, b_y = nearest_tf32(b_x), nearest_tf32(b_y)
     if INTERPRETED:  # it multiplies the bit patterns of bfloat16
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_sum, input_precision=PRECISION)

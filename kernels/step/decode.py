@@ -83,7 +83,7 @@ def decode_step_torch(
 
 
 def _fake(q, u, online, online_logit, states, scale, summaries, visible, index, top_k, function):
-    chosen = (*q.shape[:2], min(top_k, states.shape[1])) if top_k and index is None else (0,)
+    chosen = (*q.shape[:2], top_k) if top_k and index is None else (0,)
     return online.new_empty(*q.shape[:2], online.shape[-1]), visible.new_empty(chosen, dtype=torch.int64)
 
 

@@ -65,6 +65,37 @@ def _best(p_logits, memories, K: tl.constexpr, BK: tl.constexpr, BN: tl.constexp
     return b_value, b_index
 
 
+@triton.jit
+def _weighed(
+    b_memory,
+    b_logit,
+    b_max,
+    b_sum,
+    b_q,
+    states,
+    scale,
+    first,
+    heads,
+    o_k,
+    o_v,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """What one memory [1] adds to the answer, key by key [BDK, BV]."""
+    b_weight = weigh(b_logit, b_max, FUNCTION) / b_sum  # [1]
+    m_read = b_logit > float("-inf")  # what is not read is not fetched, and may hold anything
+    slot = first + tl.maximum(b_memory, 0).to(tl.int64) * heads
+    o_state = o_k[:, None] * DV + o_v[None, :]
+    mask = ((o_k < DK) & m_read)[:, None] & (o_v < DV)[None, :]
+    b_state = tl.load(states + (slot * DK * DV)[:, None] + o_state, mask=mask, other=0.0).to(tl.float32)
+    b_key = b_weight * b_q
+    if SCALED:
+        b_key *= tl.load(scale + slot * DK + o_k, mask=(o_k < DK) & m_read, other=0.0).to(tl.float32)
+    return b_key[:, None] * b_state
+
+
 @triton.jit(do_not_specialize=["memories", "part"])
 def _token_kernel(
     q,
@@ -114,7 +145,6 @@ def _token_kernel(
             b_value = tl.where(o_c < K, b_value, float("-inf"))
         b_max = tl.maximum(tl.max(b_value, 0), b_online)
         b_sum = tl.sum(weigh(b_value, b_max, FUNCTION), 0)
-        first, last = 0, K
     else:
         b_top = tl.full((BN,), float("-inf"), tl.float32)
         for start in range(0, memories, BN):
@@ -135,22 +165,21 @@ def _token_kernel(
     m_first = mask & (tl.program_id(2) + tl.arange(0, 1) == 0)[:, None]
     b_state = tl.load(online + group * DK * DV + o_state, mask=m_first, other=0.0).to(tl.float32)
     b_out = (b_own / b_sum * b_q)[:, None] * b_state  # [BDK, BV], summed over keys at the end
-    for place in range(first, last):
-        if K > 0:  # blocks of one memory, [1]
+    slot = row * memories * heads + head
+    if K > 0:
+        for place in tl.static_range(K):  # unrolled: the loads do not wait for each other
             b_memory = tl.max(tl.where(o_c == place, b_index, -1), 0, keep_dims=True)
             b_logit = tl.max(tl.where(o_c == place, b_value, float("-inf")), 0, keep_dims=True)
-        else:
+            b_out += _weighed(
+                b_memory, b_logit, b_max, b_sum, b_q, states, scale, slot, heads, o_k, o_v, DK, DV, FUNCTION, SCALED
+            )
+    else:
+        for place in range(first, last):
             b_memory = place + tl.arange(0, 1)
             b_logit = tl.load(p_logits + b_memory)
-        b_weight = weigh(b_logit, b_max, FUNCTION) / b_sum  # [1]
-        m_read = b_logit > float("-inf")  # what is not read is not fetched, and may hold anything
-        slot = (row * memories + tl.maximum(b_memory, 0)) * heads + head
-        p_state = states + (slot * DK * DV)[:, None] + o_state
-        b_state = tl.load(p_state, mask=mask & m_read[:, None], other=0.0).to(tl.float32)
-        b_key = b_weight * b_q
-        if SCALED:
-            b_key *= tl.load(scale + slot * DK + o_k, mask=m_k & m_read, other=0.0).to(tl.float32)
-        b_out += b_key[:, None] * b_state
+            b_out += _weighed(
+                b_memory, b_logit, b_max, b_sum, b_q, states, scale, slot, heads, o_k, o_v, DK, DV, FUNCTION, SCALED
+            )
     p_out = out + (tl.cast(tl.program_id(2), tl.int64) * tl.num_programs(0) + group) * DV + o_v
     tl.store(p_out, tl.sum(b_out, 0), mask=o_v < DV)
 
@@ -160,7 +189,7 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
     rows, heads, key_dim = q.shape
     value_dim, memories, device = online.shape[-1], states.shape[1], q.device
     groups, dim, blocks = rows * heads, u.shape[-1], summaries.shape[3]
-    top_k = index.shape[-1] if index is not None and top_k else min(top_k, memories)
+    top_k = index.shape[-1] if index is not None and top_k else top_k
     logits = torch.empty(rows, heads, memories, dtype=torch.float32, device=device)
     args = {
         "u": u.contiguous(),
@@ -171,7 +200,7 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
         "memories": memories,
     }
     meta = {"DU": dim, "BU": power_of_two(dim), "BLOCKS": blocks, "BN": max(8, 4096 // power_of_two(dim))}
-    launch(_logits_kernel, lambda _: (groups, triton.cdiv(memories, meta["BN"])), args, meta, [({}, 4, 1)])
+    launch(_logits_kernel, (groups, triton.cdiv(memories, meta["BN"])), args, meta, 4, 1)
 
     block = min(power_of_two(value_dim), max(16, 4096 // power_of_two(key_dim)))
     programs = groups * triton.cdiv(value_dim, block)
@@ -202,11 +231,11 @@ def forward(q, u, online, online_logit, states, scale, summaries, visible, index
         "BV": block,
         "K": top_k,
         "BK": power_of_two(top_k, 2),
-        "BN": 128,
+        "BN": 1024,
         "FUNCTION": triton_name(function),
         "SCALED": scale is not None,
         "GIVEN": index is not None,
     }
     grid = (groups, triton.cdiv(value_dim, block), parts)
-    launch(_token_kernel, lambda _: grid, args, meta, [({}, 4, 2)])
+    launch(_token_kernel, grid, args, meta, 4, 2)
     return out[0] if parts == 1 else out.sum(0), chosen

@@ -67,4 +67,4 @@ def forward(target, source, slot, rows):
         "stride_level": source.stride(1),
     }
     meta = {"BLOCK": BLOCK, "SLOTTED": slot is not None, "UNIFORM": uniform}
-    launch(_slot_kernel, lambda _: (rows.numel(), triton.cdiv(size, BLOCK)), args, meta, [({}, 4, 1)])
+    launch(_slot_kernel, (rows.numel(), triton.cdiv(size, BLOCK)), args, meta, 4, 1)

@@ -69,5 +69,5 @@ def forward(state, k, v, log_decay, write, k2, v2, write2, delta):
         "DELTA": delta,
     }
     grid = (rows * heads, triton.cdiv(value_dim, block))
-    launch(_state_kernel, lambda _: grid, args | {"out": out}, meta, [({}, 4, 1)])
+    launch(_state_kernel, grid, args | {"out": out}, meta, 4, 1)
     return out

@@ -32,7 +32,7 @@ from ..shared.triton import chip, dot, dot_precision, launch, narrow, power_of_t
 from .deep_triton_backward import write_backward_kernel
 
 
-STACKS = 2**29  # elements of the stacks that a backward holds at once
+STACKS = 2**29  # elements of the stacks that are held at once
 
 
 @triton.jit(do_not_specialize=["first_row", "chunks", "group_size", "slots"])
@@ -195,7 +195,7 @@ class DeepWrite:
             "SEPARATE": self.separate,
             "PRECISION": "tf32" if half and chip(q) != "amd" else precision,
         }
-        self.config = [({}, 8 if self.dim > 64 or self.chunk > 16 else 4, 1)]
+        self.warps = 8 if self.dim > 64 or self.chunk > 16 else 4
 
     def sizes(self, first_row: int, slots: int) -> dict[str, int]:
         return {
@@ -235,12 +235,12 @@ class DeepWrite:
         if outputs is None:
             meta["READ"] = NOTHING
         grid = ((rows.stop - rows.start) * self.heads,)
-        launch(_write_kernel, lambda _: grid, args, meta, self.config, ("stack2", "stack1"))
+        launch(_write_kernel, grid, args, meta, self.warps, 1)
 
-    def blocks(self) -> Iterator[slice]:
-        """Rows that a backward does at once."""
+    def blocks(self, slots: int) -> Iterator[slice]:
+        """Rows that are done at once, with stacks of so many slots."""
         maps = 2 * self.parts * self.dim * self.hidden
-        count = max(1, STACKS // (self.heads * (self.chunks + 2) * maps))
+        count = max(1, STACKS // (self.heads * slots * maps))
         for start in range(0, self.rows, count):
             yield slice(start, min(start + count, self.rows))
 
@@ -264,7 +264,7 @@ class DeepWrite:
             torch.zeros(running, *x.shape[1:], dtype=torch.float32, device=x.device) if grad is None else grad
             for grad, x in zip(ends[2:4], w, strict=True)
         ]
-        for rows in self.blocks():
+        for rows in self.blocks(self.chunks + 2):
             stacks = self.stacks(rows, self.chunks)
             self.run(rows, stacks, self.chunks, None)
             grad_stacks = [self.end_gradients(rows, *ends[i::4], w[i]) for i in range(2)]
@@ -286,14 +286,7 @@ class DeepWrite:
                 }
             )
             args |= {f"grad_{name}": grads[name] for name in ("q", "k", "v", "mix", "enter", "leave", "trans")}
-            launch(
-                write_backward_kernel,
-                lambda _, programs=programs: (programs,),
-                args,
-                self.meta,
-                self.config,
-                ("grad_stack2", "grad_stack1"),
-            )
+            launch(write_backward_kernel, (programs,), args, self.meta, self.warps, 1)
             for number, grad in zip("21", grad_stacks, strict=True):
                 for name, part in (("w", 0), ("s", 1), ("c", -1)):
                     if self.inputs[name + number] is not None:
@@ -306,18 +299,23 @@ class DeepWrite:
 def forward(q, k, v, mix, enter, leave, trans, w2, w1, c2, c1, s2, s1, scale, shift, run, last, loss, read):
     """See `deep_write`."""
     write = DeepWrite(dict(locals()))
-    rows, groups = slice(0, len(q)), len(run)
+    groups, maps = len(run), [(*w.shape[1:],) for w in (w2, w1)]
     width = {ANSWER: q.shape[-1], NOTHING: 0, 0: w2.shape[-1], 1: w1.shape[-1]}[read]
     out = q.new_empty(*q.shape[:-1], width)
-    bases = [torch.empty(groups, *w.shape[1:], dtype=torch.float32, device=w.device) for w in (w2, w1)]
-    stacks = write.stacks(rows, 0)
-    write.run(rows, stacks, 0, (out, *bases))
+    bases, momentum, ends = (
+        [torch.empty(count, *shape if count else (), dtype=torch.float32, device=q.device) for shape in maps]
+        for count in (groups, groups if write.parts > 1 else 0, len(q))
+    )
     running = torch.arange(groups, device=q.device) * (len(q) // groups) + run
-    ends = [stack[:, :, 0, 0].contiguous() for stack in stacks]
-    if write.parts > 1:
-        momentum = [stack[running, :, 0, 1] for stack in stacks]
-    else:
-        momentum = [out.new_empty(0, dtype=torch.float32) for _ in stacks]
+    for rows in write.blocks(1 + write.separate):
+        stacks = write.stacks(rows, 0)
+        write.run(rows, stacks, 0, (out, *bases))
+        here = ((running >= rows.start) & (running < rows.stop)).view(-1, 1, 1, 1)
+        local = (running - rows.start).clamp(0, rows.stop - rows.start - 1)
+        for stack, end, last_s in zip(stacks, ends, momentum, strict=True):
+            end[rows] = stack[:, :, 0, 0]
+            if write.parts > 1:
+                last_s.copy_(torch.where(here, stack[local, :, 0, 1], last_s))
     return out, *ends, *bases, *momentum
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..shared.ops import running_sum
-from ..shared.triton import chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
+from ..shared.triton import OLDER, chip, dot, dot_precision, launch, narrow, operand_dtype, power_of_two, split_dot
 
 
 LONGEST = 512  # slots of a unit: longer segments are cut into pieces
@@ -28,7 +28,7 @@ LEAST_LOG = tl.constexpr(-30.0)  # a decay below e^-30 forgets everything in fp3
 NEVER, FIRST, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # which units have a state of their own
 
 
-@triton.jit(do_not_specialize=["num_segments"])
+@triton.jit(do_not_specialize=["num_segments", "width", "pieces", "size", "flow_stride"])
 def _unit_kernel(
     a,
     b,
@@ -43,13 +43,13 @@ def _unit_kernel(
     width,
     heads,
     pieces,
+    size,
     flow_stride,
     DA: tl.constexpr,
     DC: tl.constexpr,
     BA: tl.constexpr,
     BC: tl.constexpr,
     CHUNK: tl.constexpr,
-    UNIT: tl.constexpr,
     DECAY: tl.constexpr,
     REVERSE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -66,8 +66,8 @@ def _unit_kernel(
     unit = tl.cast(program // heads, tl.int64)  # (row * num_segments + segment) * pieces + piece
     head = program % heads
     segment, piece = unit // pieces, unit % pieces
-    length = tl.minimum(width - piece * UNIT, UNIT).to(tl.int32)
-    first_token = segment * width + piece * UNIT
+    length = tl.minimum(width - piece * size, size).to(tl.int32)
+    first_token = segment * width + piece * size
     o_a, o_c = tl.arange(0, BA), block * BC + tl.arange(0, BC)
     m_a, m_c = o_a < DA, o_c < DC
     operand = b.dtype.element_ty
@@ -144,7 +144,7 @@ def _unit_kernel(
             tl.store(end + (row * heads + head) * DA * DC + o_state, b_state, mask=m_state)
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["units", "pieces"])
 def _carry_kernel(
     local,
     decay,
@@ -221,7 +221,7 @@ class _Units:
         key, value = b.shape[-1], c.shape[-1]
         chunk, block, warps = _tile(b, x is not None)
         block = block if write else block // 2  # the states alone: with the whole block ptxas spills
-        chunk, block = min(chunk, power_of_two(self.width)), min(block, power_of_two(value))
+        block = min(block, power_of_two(value))
         blocks = triton.cdiv(value, block)
         y = torch.empty_like(c) if write else None
         flow = b.new_empty(blocks, *b.shape[:-1], dtype=torch.float32) if x is not None else None
@@ -242,6 +242,7 @@ class _Units:
             "width": self.width,
             "heads": self.heads,
             "pieces": self.pieces,
+            "size": self.unit,
             "flow_stride": b.shape[:-1].numel(),
         }
         meta = {
@@ -249,7 +250,6 @@ class _Units:
             "DC": value,
             "BA": power_of_two(key),
             "BC": block,
-            "UNIT": self.unit,
             "CHUNK": chunk,
             "DECAY": self.log_decay is not None,
             "REVERSE": reverse,
@@ -261,7 +261,7 @@ class _Units:
             "PRECISION": dot_precision(b),
         }
         programs = self.rows * self.per_row * self.heads * blocks
-        launch(_unit_kernel, lambda _: (programs,), args, meta, [({}, warps, 2)])
+        launch(_unit_kernel, (programs,), args, meta, warps, 2)
         return y, end_states, None if flow is None else flow.sum(0)
 
     def pass_on(self, local, initial=None, extra=None, reverse=False):
@@ -290,7 +290,7 @@ class _Units:
             "BLOCK": 256,
         }
         grid = (self.rows * self.heads, triton.cdiv(size, meta["BLOCK"]))
-        launch(_carry_kernel, lambda _: grid, args, meta, [({}, 2, 1)])
+        launch(_carry_kernel, grid, args, meta, 2, 1)
         return begin, final
 
     def cut(self, x: torch.Tensor) -> torch.Tensor:
@@ -324,7 +324,7 @@ def _tile(like: torch.Tensor, exact: bool) -> tuple[int, int, int]:
         return 16, 32, 4
     if on == "amd":
         return (16 if key > 128 else 32), 64, 4
-    if on == "ampere":
+    if on in OLDER:
         return {64: (32, 32 if exact else 64, 4), 128: (32, 32, 8), 256: (16, 16 if exact else 32, 8)}[max(key, 64)]
     if exact:
         return {64: (32, 64, 4), 128: (32, 64, 8), 256: (16, 32, 8)}[max(key, 64)]

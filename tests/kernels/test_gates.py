@@ -106,7 +106,7 @@ def test_logits(blocks):
 def test_the_choice():
     logits = torch.tensor([[0.1, 3.0, HIDDEN, 2.0], [HIDDEN, HIDDEN, HIDDEN, -5.0]])
     assert choose_best(logits, 2).tolist() == [[1, 3], [3, -1]]
-    assert choose_best(logits, 9).shape == (2, 4)
+    assert choose_best(logits, 9)[0].tolist() == [1, 3, 0, *[-1] * 6]
     u, summaries = randn(1, 2, 3, 2, 5), randn(1, 4, 2, 2, 5)  # [R, N, W, H, d], [R, S, H, m, d]
     every = torch.einsum("rnwhd,rshmd->rnwhsm", u, summaries).amax(-1)
     index = choose_best(every, 2)

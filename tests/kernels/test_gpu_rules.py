@@ -1,5 +1,7 @@
 """What a GPU would refuse or wait for, shown without one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -7,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 from helpers import build, randn, small_config, tokens, with_triton
+from mc_transformers.kernels.read.segment import segment_read
 from mc_transformers.kernels.shared.ops import running_sum
 from mc_transformers.kernels.write.linear import linear_write
+from op_inputs import leaves, read_inputs, to_dtype
 
 
 @with_triton
@@ -56,3 +60,58 @@ def test_a_graph_that_is_captured_by_hand(bound, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         model(mode.from_tensor(tokens(1, 1)), cache=cache)
+
+
+@with_triton
+def test_chips_are_told_apart_by_shared_memory(monkeypatch):
+    """L4 and RTX have 99 KiB, whatever their number says; and before sm_80 there is nothing."""
+    from mc_transformers.kernels.shared.ops import _no_triton
+    from mc_transformers.kernels.shared.triton import _chip
+
+    found = {}
+    for major, minor, kib in ((7, 5, 64), (8, 0, 163), (8, 9, 99), (9, 0, 227), (10, 0, 227), (12, 0, 99)):
+        gpu = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=1024 * kib)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        x = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float32)
+        found[major, minor] = _no_triton(x, (64,), 256) or _chip.__wrapped__(x.device)
+    assert found.pop((7, 5)) == "the GPU has compute capability 7.5, allowed: 8.0 and later"
+    assert list(found.values()) == ["ampere", "small", "hopper", "blackwell", "small"]
+
+
+@with_triton
+def test_documents_do_not_walk_through_each_other():
+    """NaN in all tokens of one document: what another one's memories get is made without a look at them."""
+    q, u, states, summaries, logit, birth, _ = to_dtype(read_inputs(1, 4, 0, 32, 1), torch.float32)
+    first = torch.tensor([[0, 0, 2, 2]])
+    q[:, 2:], u[:, 2:] = torch.nan, torch.nan
+    inputs = leaves([q, u, states, summaries, logit])
+    out, _ = segment_read(*inputs, birth, first, backend="triton")
+    out.sum().backward()
+    assert inputs[2].grad[:, :2].isfinite().all() and inputs[2].grad[:, 0].any()
+
+
+@with_triton
+def test_slots_of_a_static_cache_behind_the_last_one():
+    """They are not multiplied by a gate of 0: they may hold NaN."""
+    q, u, states, summaries, logit, birth, first = to_dtype(read_inputs(2, 2, 5), torch.float32)
+    birth[:, 2:5] = 2**30
+    inputs = (q, u, states, summaries, logit, birth, first)
+    expected = segment_read(*inputs, backend="triton")
+    for x in (states, summaries):
+        x[:, 2:5] = torch.nan
+    assert all(map(torch.equal, segment_read(*inputs, backend="triton"), expected))
+
+
+class NoGatheredSummaries(TorchDispatchMode):
+    """Refuses `[R, N, W, H, k, m, d]`."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        assert not (torch.is_tensor(out) and out.dim() == 7), function
+        return out
+
+
+def test_no_summary_is_fetched_per_token():
+    model = build(small_config("linear", aggregation="ssc", summaries_per_segment=2))
+    with NoGatheredSummaries():
+        model(tokens(2, 40), labels=tokens(2, 40)).loss.backward()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helpers import randn, with_triton
+from helpers import assert_close, randn, with_triton
+from mc_transformers.kernels.read.gates import logits_of_chosen
 from mc_transformers.kernels.read.selected import segment_route, segment_route_op, selected_read, selected_read_op
 from op_inputs import (
     BFLOAT,
@@ -18,6 +19,7 @@ from op_inputs import (
     compare,
     leaves,
     read_inputs,
+    results,
     score,
     to_dtype,
     visible_to,
@@ -25,12 +27,30 @@ from op_inputs import (
 
 
 # --------------------------------------------------------------------------------------------------------------- route
+def route(*inputs, top_k=2, backend="torch"):
+    """The logits alone, finite."""
+    return segment_route(*inputs, top_k, backend)[1].nan_to_num(neginf=0)
+
+
+def naive_route(u, summaries, birth, first):
+    index = segment_route(u, summaries, birth, first, 2)[0]
+    return logits_of_chosen(u, summaries, index).masked_fill(index < 0, 0)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "sub-blocks"])
+def test_gradients_of_the_logits(case):
+    """Through the logits of what was chosen, gathered row by row."""
+    _, u, _, summaries, _, birth, first = read_inputs(**READS[case])
+    check(route, naive_route, [u, summaries, birth, first])
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 5, 9])
 @pytest.mark.parametrize("case", READS)
 def test_route(case, top_k):
     _, u, _, summaries, _, birth, first = read_inputs(**READS[case])
-    index = segment_route(u, summaries, birth, first, top_k)
-    assert index.shape == (*u.shape[:-1], min(top_k, summaries.shape[1]))
+    index, logits = segment_route(u, summaries, birth, first, top_k)
+    assert index.shape == logits.shape == (*u.shape[:-1], top_k)
+    assert_close(*(x.nan_to_num(neginf=-9) for x in (logits, logits_of_chosen(u, summaries, index))), 1e-12)
     for r, n, w, h in torch.cartesian_prod(*(torch.arange(x) for x in u.shape[:-1])).tolist():
         scores = {i: score(u[r, n, w, h], summaries[r, i, h]).item() for i in visible_to(birth, first, r, n)}
         best = sorted(scores, key=scores.get, reverse=True)[:top_k]
@@ -40,9 +60,11 @@ def test_route(case, top_k):
 
 def test_route_block_by_block(monkeypatch):
     _, u, _, summaries, _, birth, first = read_inputs(num=4)
-    whole = segment_route(u, summaries, birth, first, 2)
+    inputs = [u, summaries, birth, first]
+    whole = results(route, inputs)
     monkeypatch.setattr("mc_transformers.kernels.read.selected.ROUTE_BUDGET", 1)
-    assert torch.equal(segment_route(u, summaries, birth, first, 2), whole)
+    for part, expected in zip(results(route, inputs), whole, strict=True):
+        assert_close(part, expected, 1e-12)
 
 
 def test_route_of_hidden_memories():
@@ -51,12 +73,14 @@ def test_route_of_hidden_memories():
     clean = segment_route(u, summaries, birth, first, 3)
     summaries[birth == 2**30] = torch.nan
     assert summaries.isnan().any()
-    assert torch.equal(segment_route(u, summaries, birth, first, 3), clean)
+    assert all(map(torch.equal, segment_route(u, summaries, birth, first, 3), clean))
 
 
 def test_route_opcheck():
     _, u, _, summaries, _, birth, first = read_inputs(rows=1, num=2, width=3, cached=1, summary=2, blocks=2)
     torch.library.opcheck(segment_route_op, (u, summaries, birth, first, 2))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # the other one adds integers up
+    torch.library.opcheck(segment_route_op, (*leaves([u, summaries]), birth, first, 2), test_utils=checks)
 
 
 @with_triton
@@ -66,8 +90,14 @@ def test_triton_route(case, top_k):
     _, u, _, summaries, _, birth, first = read_inputs(**(READS | LARGE_READS)[case])
     for dtype in DTYPES if top_k == 2 else [SINGLE]:
         u, summaries = u.to(dtype), summaries.float()
-        expected = segment_route(u.double(), summaries.double(), birth, first, top_k, "torch")
-        assert torch.equal(segment_route(u, summaries, birth, first, top_k, "triton"), expected)
+        expected = segment_route(u.double(), summaries.double(), birth, first, top_k, "torch")[0]
+        assert torch.equal(segment_route(u, summaries, birth, first, top_k, "triton")[0], expected)
+        if top_k == 2:
+
+            def run(*x, backend):
+                return route(*x, birth, first, backend=backend)
+
+            compare(run, [u, summaries], (0,), dtype, rounded=(0, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
