@@ -1,9 +1,10 @@
 # Copyright 2026 the mc-transformers authors.
-"""What a distilled hybrid keeps of its teacher, and what it costs: three measurements, each resumable.
+"""What a distilled hybrid keeps of its teacher, and what it costs: four measurements, each resumable.
 
     python -m benchmarks.measure.hybrids loss --text BOOK.txt --models teacher=FOLDER grm=FOLDER --windows 3
     python -m benchmarks.measure.hybrids recall --text BOOK.txt --models teacher=FOLDER grm=FOLDER --lengths 1024 4096
     python -m benchmarks.measure.hybrids cost --models teacher=FOLDER grm=FOLDER --lengths 1024 4096 8192
+    python -m benchmarks.measure.hybrids records --models grm=FOLDER
 
 `NAME=FOLDER` is a model; `NAME=FOLDER@256:9,19,29` the same with layers 9, 19 and 29 attending to 256 tokens only,
 without any training: what a memory has to be better than. Every window, trial and round is written as soon as it is
@@ -12,6 +13,7 @@ measured, and is not measured again by a later call.
     loss      nats per token by position, window by window of the text
     recall    facts in the text, asked for through the chat template; greedy answers
     cost      bytes of the cache, and the time of a decoded token; all models take turns in every round
+    records   nothing new: what the distillation has written into FOLDER/distil.json, stage by stage
 """
 
 import argparse
@@ -126,9 +128,25 @@ def measure_cost(models: dict[str, str], results: Results, args: argparse.Namesp
             results.add("cost", name, f"{length}", value)
 
 
+def copy_records(models: dict[str, str], results: Results, args: argparse.Namespace) -> None:
+    for name, folder in models.items():
+        record = json.loads((Path(folder) / "distil.json").read_text())
+        options = record["options"]
+        kept = {key: options[key] for key in ("memory", "aggregation", "seed", "length", "batch", "trained")}
+        kept |= {"layers": record["layers"], "parameters": record["facts"]["parameters"]}
+        for stage in ("teacher", "start", "matched", "final"):
+            kept[stage] = record[f"held_out_{stage}"]
+        for stage in ("match", "end_to_end"):
+            kept[stage] = {key: record[stage][key] for key in ("steps", "tokens")}
+        results.add("records", name, "distil", kept | {"cpu_seconds": record["cpu_seconds"]})
+
+
+MEASURES = {"loss": measure_loss, "recall": measure_recall, "cost": measure_cost, "records": copy_records}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("loss", "recall", "cost"))
+    parser.add_argument("what", choices=tuple(MEASURES))
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--text", help="a file of UTF-8 text, for loss and recall")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a window of `loss` (%(default)s)")
@@ -140,11 +158,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.what != "cost" and not args.text:
+    if args.what in ("loss", "recall") and not args.text:
         parser.error(f"{args.what} needs --text")
     torch.set_num_threads(args.threads)
     models, results = dict(model.split("=", 1) for model in args.models), Results(args.output)
-    {"loss": measure_loss, "recall": measure_recall, "cost": measure_cost}[args.what](models, results, args)
+    MEASURES[args.what](models, results, args)
     results.add("machine", args.what, "last run", machine(args.threads))
 
 

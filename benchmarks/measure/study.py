@@ -246,10 +246,13 @@ def language_1024() -> list[Cell]:
 
 
 def language_8m() -> list[Cell]:
-    """Some of these trained for four times as many bytes, 8 million."""
+    """Some of these trained for four times as many bytes, 8 million; and the read that starts from the plain model,
+    beside its control (see `anchored`)."""
     names = ("none", "grm", "ssc", "grm from the last state")
     cells = [cell for cell in language_1024() if cell.name in names]
-    return [Cell(cell.name, cell.task, cell.settings | {"steps": 2000}, cell.rates) for cell in cells]
+    cells += [cell for cell in anchored() if cell.name in ("language: closed", "language: running, bias 4")]
+    names = [cell.name.removeprefix("language: ") for cell in cells]
+    return [Cell(name, x.task, x.settings | {"steps": 2000}, x.rates) for name, x in zip(names, cells, strict=True)]
 
 
 def anchored() -> list[Cell]:
@@ -286,6 +289,24 @@ def anchored() -> list[Cell]:
         "running, added": fields(**running, cached_answers="added"),
     }
     return cells + [Cell(f"language: {name}", "language", longer | x, (4e-3,)) for name, x in reads.items()]
+
+
+def annealed() -> list[Cell]:
+    """Recall and needles with a recipe that ends: two to three times the steps, a rate that falls to nothing, and
+    haystacks of lines that end anywhere in their line."""
+    long = {"schedule": "cosine", "steps": 4000, "eval_every": 500}
+    running = {"options": json.dumps({"online_memory": "running", "online_gate_bias": 2.0})}
+    recall = RECALL | {"seq_len": 256, "vocab": 256, "pairs": 64, "width": 32, "read_as": [1, 2, 4, 8]} | long
+    sparse = recall | {"aggregation": "ssc", "k": 2, "dense_part": 0.5}
+    cells = [Cell("recall: grm", "recall", recall | {"aggregation": "grm"}, (1e-2,))]
+    cells.append(Cell("recall: grm, k from all to 2", "recall", sparse, (1e-2,)))
+    rules = {"none": {"aggregation": "none"}, "grm": {"aggregation": "grm"}, "ssc": {"aggregation": "ssc"}}
+    rules["grm, running, bias 2"] = {"aggregation": "grm"} | running
+    for kind in (1, 2):
+        for name, read in rules.items():
+            settings = {"kind": kind, "any_phase": True, "schedule": "cosine", "steps": 1500, "eval_every": 500} | read
+            cells.append(Cell(f"needle {kind}: {name}", "needle", settings, (1e-2,)))
+    return cells
 
 
 def quotes() -> list[Cell]:
@@ -368,6 +389,7 @@ STUDIES: dict[str, Callable[[], list[Cell]]] = {
         language_1024,
         language_8m,
         anchored,
+        annealed,
         quotes,
         mqar_512,
         language_30m,

@@ -355,6 +355,7 @@ PARTS: dict[str, Callable[[], list[str | Figure]]] = {
     "vectors": lambda: recall("vectors", learning=False),
     "needle": needle,
     "anchored": lambda: by_task("anchored", "closed"),
+    "annealed": lambda: by_task("annealed", "none"),
     "quotes": lambda: by_task("quotes", "closed"),
     "cells": lambda: by_task("cells", "lstm none"),
     "language": lambda: language("language"),

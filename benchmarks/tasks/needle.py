@@ -49,18 +49,26 @@ class NeedleConfig(ExperimentConfig):
     )
     depths: int = option(8, "places of the needle in evaluation, from the start to the end of the haystack")
     samples: int = option(32, "sequences per length and place")
+    any_phase: bool = option(False, "haystack 1 begins anywhere in its line, else at its start, so that it ends alike")
     also: list[str] = field(
         default_factory=list, metadata={"help": "rules to read the trained model with as well: mean, mean/checkpoint"}
     )
 
 
 def needle_batch(
-    batch_size: int, length: int, kind: int, *, depth: float | None = None, generator: torch.Generator | None = None
+    batch_size: int,
+    length: int,
+    kind: int,
+    *,
+    depth: float | None = None,
+    any_phase: bool = False,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences `haystack needle haystack ASK key value`, the value's last digit left out.
 
     Args:
         depth: place of the needle, 0 = first, 1 = last in the haystack; None = uniform, one for each row.
+        any_phase: haystack 1 begins anywhere in its line. Else all haystacks of one length end with the same token.
 
     Returns:
         input_ids and labels, int64 [batch_size, length]. Labels stand at the question's key and at the value's digits
@@ -77,8 +85,8 @@ def needle_batch(
         raise ValueError(f"length={length} has no room for a needle and a question, allowed: > {length - haystack}")
     shape = (batch_size, haystack)
     if kind == 1:
-        line = torch.arange(LINE)
-        filler = line.repeat(-(-haystack // LINE))[:haystack].expand(shape)
+        first = torch.randint(LINE, (batch_size, 1), generator=generator) if any_phase else 0
+        filler = ((first + torch.arange(haystack)) % LINE).expand(shape)
     else:
         zipf = 1 / torch.arange(1, FILLERS + 1, dtype=torch.float64)
         filler = torch.multinomial(zipf.expand(batch_size, -1), haystack, replacement=True, generator=generator)
@@ -103,7 +111,9 @@ def needle_batch(
 def accuracy(model: PreTrainedModel, config: NeedleConfig, length: int, depth: float, seed: int = 1_000_003) -> float:
     """Share of values that greedy decoding would get right in full: every digit, given the right ones before it."""
     generator = torch.Generator().manual_seed(seed)
-    ids, labels = needle_batch(config.samples, length, config.kind, depth=depth, generator=generator)
+    ids, labels = needle_batch(
+        config.samples, length, config.kind, depth=depth, any_phase=config.any_phase, generator=generator
+    )
     ids, labels = ids.to(config.device), labels.to(config.device)
     right = query_logits(model, ids, labels).argmax(-1) == labels[labels != -100]
     return right.view(config.samples, -1).all(1).float().mean().item()
@@ -123,7 +133,9 @@ def train_needle(config: NeedleConfig, progress: bool = True) -> dict:
     record = train(
         config,
         model,
-        draw=lambda: needle_batch(config.batch, config.train_length, config.kind, generator=generator),
+        draw=lambda: needle_batch(
+            config.batch, config.train_length, config.kind, any_phase=config.any_phase, generator=generator
+        ),
         evaluate=lambda: {"accuracy": accuracy(model, config, config.train_length, 0.5)},
         progress=progress,
     )

@@ -43,6 +43,14 @@ def test_a_haystack_of_lines_repeats():
     torch.testing.assert_close(ids[0, :24], ids[0, 24:48])
 
 
+def test_haystacks_of_lines_may_end_anywhere():
+    def ends(any_phase):
+        ids, _ = needle_batch(64, 200, 1, depth=0.0, any_phase=any_phase, generator=torch.Generator().manual_seed(0))
+        return len(ids[:, -10].unique())
+
+    assert ends(any_phase=False) == 1 and ends(any_phase=True) > 12
+
+
 @pytest.mark.parametrize("length,kind", [(90, 4), (10, 1)])
 def test_impossible_needles_are_refused(length, kind):
     with pytest.raises(ValueError, match="allowed"):
