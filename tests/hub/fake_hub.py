@@ -49,6 +49,7 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}  # large files by SHA-256
         self.uploads: list[str] = []  # large files as they arrived
+        self.arriving = threading.Lock()
         self.fail_after: int | None = None  # break off once so many large files have arrived
         self.html: str | None = None  # requests that a page answers: a pattern of method and path
         self.watch: Callable[[int], None] = lambda number: None  # called before a request is answered
@@ -99,11 +100,12 @@ class FakeHub:
         return {"transfer": "basic", "objects": [answer(wanted) for wanted in json.loads(body)["objects"]]}
 
     def lfs_upload(self, body: bytes, oid: str, **_) -> dict:
-        if self.fail_after is not None and len(self.uploads) >= self.fail_after:
-            raise Refused(400, "the connection broke")
         assert hashlib.sha256(body).hexdigest() == oid
-        self.uploads.append(oid)
-        self.objects[oid] = body
+        with self.arriving:  # clients send several files at a time, and only so many may arrive
+            if self.fail_after is not None and len(self.uploads) >= self.fail_after:
+                raise Refused(400, "the connection broke")
+            self.uploads.append(oid)
+            self.objects[oid] = body
         return {}
 
     def commit(self, repo: str, ref: str, body: bytes, query: dict, **_) -> dict:
